@@ -41,7 +41,7 @@ class LitMIL(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a half-cycle cosine over all steps."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}

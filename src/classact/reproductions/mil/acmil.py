@@ -85,9 +85,9 @@ def run_fold(name: str, seed: int, scale: str) -> Values:
         return train_on_fold(factory, loss, fold, seed, scale)[1]  # type: ignore[arg-type]
 
     return {
-        "abmil": arm(lambda d: ABMIL(d, 2, gated=True), BagCrossEntropy()),
-        "acmil": arm(lambda d: ACMIL(d, 2), ACMILLoss()),
-        "acmil_p0": arm(lambda d: ACMIL(d, 2, mask_drop=0), ACMILLoss()),
+        "abmil": arm(lambda d: ABMIL(d, 2, dim=DIM, hidden=DIM, gated=True), BagCrossEntropy()),
+        "acmil": arm(lambda d: ACMIL(d, 2, dim=DIM, hidden=DIM), ACMILLoss()),
+        "acmil_p0": arm(lambda d: ACMIL(d, 2, dim=DIM, hidden=DIM, mask_drop=0), ACMILLoss()),
     }
 
 

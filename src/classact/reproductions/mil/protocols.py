@@ -75,7 +75,8 @@ def measure(model: nn.Module, bags: ShortcutBags) -> dict[str, float]:
     found["easy_mass"], found["hard_mass"] = (
         float((attention * (kinds == k))[positive].sum(1).mean()) for k in (1, 2)
     )
-    found["top5"] = float(attention_concentration(attention, ks=(5,))[5].mean())
+    mass = attention_concentration(attention, ks=(2, 5))
+    found["top2"], found["top5"] = float(mass[2].mean()), float(mass[5].mean())
     found["entropy"] = float(attention_entropy(torch.stack(both.attention_logits)).mean())
     found["loss_gap"] = both.loss - predict_bags(model, bags.train, batch_size=100).loss
     return found
