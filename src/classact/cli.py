@@ -146,9 +146,7 @@ def reproduce(
         chosen = list(slugs or [])
         if family or every:
             entries = papers(family=family)
-            chosen += [
-                e.slug for e in entries if (PACKAGE / "reproductions" / e.family / f"{e.slug}.py").exists()
-            ]
+            chosen += [e.slug for e in entries if (PACKAGE / "reproductions" / e.family / f"{e.slug}.py").exists()]
         if not chosen:
             _say("Error: name a paper, --family or --all")
             raise typer.Exit(2)
@@ -193,12 +191,16 @@ def compare(
     task: Annotated[str, typer.Argument(help="What to compare methods on: mil.")],
     data: Annotated[str, typer.Argument(help="Folder or file, or a known data set such as digits.")],
     labels: Annotated[Path | None, typer.Option(help="Table of labels: .csv, .tsv, .xlsx.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated; compose with +; yours as package.module:factory.")] = None,  # noqa: E501
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated; compose with +; yours as package.module:factory.")
+    ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the table that names the bag or patient.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the table that holds the class.")] = None,
     group: Annotated[str | None, typer.Option(help="What may not straddle folds: a column, slide_id or tcga.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Which feature extractor, where there are several.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Order of the classes, comma-separated; of two, the last is positive.")] = None,  # noqa: E501
+    classes: Annotated[
+        str | None, typer.Option(help="Order of the classes, comma-separated; of two, the last is positive.")
+    ] = None,
     splits: Annotated[Path | None, typer.Option(help="Given splits: a file or a folder, one a fold.")] = None,
     folds: Annotated[int | None, typer.Option(help="Folds (default 5).")] = None,
     repeats: Annotated[int | None, typer.Option(help="Repeats (default 1).")] = None,
@@ -207,7 +209,9 @@ def compare(
     lr: Annotated[float | None, typer.Option(help="Learning rate of every method (default 1e-4).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Bags per step of every method (default 1).")] = None,
     class_weight: Annotated[str | None, typer.Option(help="'balanced': weigh classes by inverse frequency.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of a method: acmil.lr=1e-4 (repeatable).")] = None,  # noqa: E501
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of a method: acmil.lr=1e-4 (repeatable).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of splits and training (default 0).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default cpu).")] = None,

@@ -5,7 +5,6 @@ Nothing is ever unpickled, and only classes that classact exports are built.
 
 import importlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ def save(model: "nn.Module", path: str | Path, metadata: dict[str, Any] | None =
         part.unlink(missing_ok=True)
     part = weights.with_suffix(".json.part")
     part.write_text(description + "\n", encoding="utf-8")
-    os.replace(part, weights.with_suffix(".json"))
+    part.replace(weights.with_suffix(".json"))
     return weights
 
 
@@ -97,7 +96,7 @@ def load(path: str | Path, model: "nn.Module | None" = None) -> "nn.Module":
     if model is None:
         model = _build(description, weights)
     load_model(model, str(weights))
-    model.metadata = description.get("metadata", {})  # type: ignore[assignment]
+    model.metadata = description.get("metadata", {})
     return model.eval()
 
 

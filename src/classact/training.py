@@ -31,7 +31,8 @@ class _BestWeights(pl.Callback):
     """Keeps every logged curve, and the weights of the epoch with the lowest `monitor` if there is one."""
 
     def __init__(self, monitor: str | None) -> None:
-        self.monitor, self.best, self.best_epoch = monitor, float("inf"), -1
+        self.monitor = monitor
+        self.best, self.best_epoch = float("inf"), -1
         self.weights: dict[str, Tensor] = {}
         self.curves: dict[str, list[float]] = {}
 
@@ -40,9 +41,9 @@ class _BestWeights(pl.Callback):
             self.curves.setdefault(name, []).append(float(value))
         if self.monitor is None:
             return
-        value = float(trainer.callback_metrics[self.monitor])
-        if value < self.best or self.best_epoch < 0:
-            self.best, self.best_epoch = value, trainer.current_epoch
+        monitored = float(trainer.callback_metrics[self.monitor])
+        if monitored < self.best or self.best_epoch < 0:
+            self.best, self.best_epoch = monitored, trainer.current_epoch
             self.weights = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -86,15 +86,17 @@ class Entry:
         from classact.catalogue.codehash import code_hash
 
         result = self.result(scale)
-        return result is not None and result["code_hash"] != code_hash(f"classact.reproductions.{self.family}.{self.slug}")
+        return result is not None and result["code_hash"] != code_hash(
+            f"classact.reproductions.{self.family}.{self.slug}"
+        )
 
     def bibtex(self) -> str:
         """BibTeX record of the paper."""
         first = re.sub(r"\W", "", self.authors[0].split()[-1].lower())
-        kind, place = ("misc", "howpublished")
-        if re.search(r"(?i)\b(journal|transactions|nature|science|letters|access|plos|frontiers|ieee t|review|reports)\b", self.venue):  # noqa: E501
-            kind, place = "article", "journal"
-        elif self.venue and "arxiv" not in self.venue.lower():
+        kind, place = "article", "journal"
+        if not self.venue or "arxiv" in self.venue.lower():
+            kind, place = "misc", "howpublished"
+        elif re.search(r"(?i)conference|symposium|workshop|neural information|meeting|challenge", self.venue):
             kind, place = "inproceedings", "booktitle"
         fields = {
             "title": f"{{{self.title}}}",
@@ -139,7 +141,8 @@ def _read(path: Path) -> Entry:
     if unknown := set(content) - set(Entry.__dataclass_fields__):
         msg = f"{path}: unknown keys {', '.join(sorted(unknown))}"
         raise ValueError(msg)
-    return Entry(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return Entry(**fields)
 
 
 def find_entry(slug: str) -> Entry:
@@ -182,7 +185,10 @@ def papers(query: str | None = None, family: str | None = None) -> list[Entry]:
     return entries if not query else _bm25(query, entries)
 
 
-_STOP = frozenset("a an and are as at be by can do for from how in into is it its my of on or that the to we with".split())
+_STOP = frozenset(
+    {"a", "an", "and", "are", "as", "at", "be", "by", "can", "do", "for", "from", "how", "in", "into", "is", "it"}
+    | {"its", "my", "of", "on", "or", "that", "the", "to", "we", "with"}
+)
 
 
 def _tokens(text: str) -> list[str]:

@@ -49,7 +49,7 @@ def _file(name: str, package: Path) -> Path | None:
 
 def _targets(base: str, member: str | None, package: Path) -> list[str]:
     """Modules behind ``import base`` or ``from base import member``, through the lazy exports of a package."""
-    if base.split(".")[0] != "classact":
+    if base.split(".", maxsplit=1)[0] != "classact":
         return []
     if member is not None:
         if _file(f"{base}.{member}", package):
@@ -75,7 +75,7 @@ def _parse(file: Path, _modified: int) -> tuple[str, tuple[tuple[str, str | None
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node, clean=False
         ):
-            assert isinstance(body, list)  # noqa: S101 - for the type checker
+            assert isinstance(body, list)
             del body[0]
     return hashlib.sha256(_text(tree).encode()).hexdigest(), tuple(imports)
 

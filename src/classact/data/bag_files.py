@@ -167,9 +167,7 @@ def _trident_sets(path: Path) -> dict[str, Path]:
     roots = [path] if TRIDENT_FOLDER.match(path.name) else [c for c in _children(path) if TRIDENT_FOLDER.match(c.name)]
     sets = [(root, child) for root in roots for child in _children(root) if child.name.startswith("features_")]
     several = len(roots) > 1
-    return {
-        (f"{root.name}/" if several else "") + child.name.removeprefix("features_"): child for root, child in sets
-    }
+    return {(f"{root.name}/" if several else "") + child.name.removeprefix("features_"): child for root, child in sets}
 
 
 def _choose(path: Path, sets: dict[str, Path], encoder: str | None, layout: str) -> BagFiles:
@@ -317,7 +315,7 @@ def _read_pt(source: Source) -> RawBag:
     x, c, y = (
         None if part is None else (part.float() if part.dtype == torch.bfloat16 else part).numpy() for part in arrays
     )
-    assert x is not None  # noqa: S101 - for the type checker
+    assert x is not None
     return _raw(str(source.path), key, x, c, y)
 
 
@@ -329,7 +327,7 @@ def _read_npz(source: Source) -> RawBag:
                 raise DataError(
                     f"{source.path}: expected an array named {' or '.join(FEATURE_KEYS)}, found {', '.join(file)}"
                 )
-            parts = [file[name] if name in file else None for name in ("coords", "instance_labels")]
+            parts = [file.get(name) for name in ("coords", "instance_labels")]
             return _raw(str(source.path), key, file[key], *parts)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise DataError(f"{source.path}: not a complete .npz file: {error}") from error

@@ -184,7 +184,7 @@ class BagDataset(Dataset[Bag]):
                     f"{raw.features[row, column]} at instance {row}, feature {column}; expected finite numbers"
                 )
             sizes[index] = len(raw.features)
-            crc = zlib.crc32(np.ascontiguousarray(raw.features).view(np.uint8).reshape(-1), crc)
+            crc = zlib.crc32(np.ascontiguousarray(raw.features), crc)  # type: ignore[arg-type]
             if progress is not None:
                 progress(index + 1, len(self))
         table = repr(list(zip(self.ids, self.labels.tolist(), self.groups, sizes.tolist(), strict=True)))

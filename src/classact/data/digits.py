@@ -1,4 +1,4 @@
-"""Bags of real handwritten digits, with known positives: does the bag contain a 9?"""
+"""Bags of real handwritten digits with known positives; the question is whether a bag contains a 9."""
 
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def digits_bags(n_bags: int = 150, digit: int = 9, seed: int = 0) -> BagDataset:
     for number in range(n_bags):
         positive, size = number % 2, int(rng.integers(8, 13))
         count = int(rng.integers(1, 3)) if positive else 0
-        members = [witnesses.pop() for _ in range(count)] + [others.pop() for _ in range(size - count)]
-        members = rng.permutation(members)
+        drawn = [witnesses.pop() for _ in range(count)] + [others.pop() for _ in range(size - count)]
+        members = rng.permutation(drawn)
         bag = RawBag(
             (images[members] / 16).astype(np.float32), instance_labels=(target[members] == digit).astype(np.int64)
         )

@@ -40,9 +40,7 @@ def read_table(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read as a table: {error}") from error
 
 
-def read_labels(
-    path: Path, bags: list[str], id_column: str | None = None, label_column: str | None = None
-) -> Labels:
+def read_labels(path: Path, bags: list[str], id_column: str | None = None, label_column: str | None = None) -> Labels:
     """Match a table of labels with bags.
 
     Parameters

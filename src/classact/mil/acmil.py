@@ -25,7 +25,7 @@ from classact.mil.attention import (
     _BranchLinear,
     mean_attention_logits,
 )
-from classact.mil.model import MILLoss, MILModel, MILOutput, check_bags, embedding_width
+from classact.mil.model import MILLoss, MILModel, check_bags, embedding_width
 
 
 class ACMILOutput(NamedTuple):
@@ -45,7 +45,10 @@ class ACMILOutput(NamedTuple):
     branch_logits: Float[Tensor, "n m c"]
     attention_map_logits: Float[Tensor, "n b h k"]
 
-    attention = MILOutput.attention
+    @property
+    def attention(self) -> Float[Tensor, "n k"]:
+        """Weight of every instance in its bag; rows sum to 1, padding gets exactly 0."""
+        return self.attention_logits.softmax(-1)
 
 
 def stochastic_topk_mask(

@@ -190,7 +190,7 @@ def sweep_entropy_weight(
     factory: Callable[[], nn.Module],
     train: Any,
     validation: Any,
-    weights: Iterable[float] = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1),
+    weights: Iterable[float] = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     seeds: Sequence[int] = (0,),
     loss: MILLoss | None = None,
     **fit_options: Any,

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classact.mil.model import MILModel, MILOutput, check_bags, embedding_width, mask_logits
+from classact.mil.model import MILModel, check_bags, embedding_width, mask_logits
 
 
 class AttentionPool(nn.Module):
@@ -153,7 +153,10 @@ class MultiHeadOutput(NamedTuple):
     embedding: Float[Tensor, "n d"]
     attention_map_logits: Float[Tensor, "n h k"]
 
-    attention = MILOutput.attention
+    @property
+    def attention(self) -> Float[Tensor, "n k"]:
+        """Weight of every instance in its bag; rows sum to 1, padding gets exactly 0."""
+        return self.attention_logits.softmax(-1)
 
 
 class _BranchLinear(nn.Module):
@@ -221,9 +224,7 @@ class HeadReadout(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(branches, dim))
         self.norm_bias = nn.Parameter(torch.zeros(branches, dim))
 
-    def forward(
-        self, attention: Float[Tensor, "n m h k"], x: Float[Tensor, "n k d"]
-    ) -> Float[Tensor, "n m d"]:
+    def forward(self, attention: Float[Tensor, "n m h k"], x: Float[Tensor, "n k d"]) -> Float[Tensor, "n m d"]:
         """Return one vector per branch."""
         pooled = torch.einsum("nmhk,nkd->nmhd", attention, x)
         weight = self.value_projection.weight.unflatten(1, (self.heads, -1))

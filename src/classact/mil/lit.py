@@ -145,10 +145,10 @@ def predict_bags(model: nn.Module, bags: Any, device: str = "cpu", batch_size: i
     model = model.to(device).eval()
     logits, attention, labels = [], [], []
     for batch in DataLoader(bags, batch_size=batch_size, collate_fn=collate_bags):
-        x, mask, coords, label = (None if part is None else part.to(device) for part in batch)
+        x, mask, coords = (None if part is None else part.to(device) for part in batch[:3])
         output = model(x, mask, coords)
         logits.append(output.logits.float().cpu())
-        labels.append(label.cpu())
+        labels.append(batch.label)
         rows = output.attention_logits.float().cpu()
         attention += [row if mask is None else row[mask[i].cpu()] for i, row in enumerate(rows)]
     stacked, target = torch.cat(logits), torch.cat(labels)

@@ -116,9 +116,7 @@ def check_bags(x: Tensor, mask: Tensor | None, in_dim: int) -> None:
         )
 
 
-def mask_logits(
-    logits: Float[Tensor, "n *maps k"], mask: Bool[Tensor, "n k"] | None
-) -> Float[Tensor, "n *maps k"]:
+def mask_logits(logits: Float[Tensor, "n *maps k"], mask: Bool[Tensor, "n k"] | None) -> Float[Tensor, "n *maps k"]:
     """Set the logits of padded instances to -inf, in every attention map."""
     if mask is None:
         return logits

@@ -74,21 +74,16 @@ class PooledLogistic(MILModel):
         mean or maximum of the features.
     """
 
-    def __init__(
-        self, in_dim: int, n_classes: int, summary: Literal["none", "size", "mean", "max"] = "mean"
-    ) -> None:
+    def __init__(self, in_dim: int, n_classes: int, summary: Literal["none", "size", "mean", "max"] = "mean") -> None:
         super().__init__(in_dim, n_classes, summary=summary)
         if summary not in ("none", "size", "mean", "max"):
             raise ValueError(f"summary: expected none, size, mean or max, got {summary!r}")
         self.summary = summary
-        self.linear = nn.utils.skip_init(nn.Linear, {"none": 0, "size": 1}.get(summary, in_dim), n_classes)
-        nn.init.zeros_(self.linear.bias)
-        if self.linear.in_features:
-            nn.init.zeros_(self.linear.weight)
+        width = {"none": 0, "size": 1}.get(summary, in_dim)
+        self.weight = nn.Parameter(torch.zeros(n_classes, width))
+        self.bias = nn.Parameter(torch.zeros(n_classes))
 
-    def summarise(
-        self, x: Float[Tensor, "n k d"], mask: Bool[Tensor, "n k"] | None = None
-    ) -> Float[Tensor, "n f"]:
+    def summarise(self, x: Float[Tensor, "n k d"], mask: Bool[Tensor, "n k"] | None = None) -> Float[Tensor, "n f"]:
         """Return the features of the regression, (N, 0), (N, 1) or (N, D)."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -112,4 +107,4 @@ class PooledLogistic(MILModel):
         check_bags(x, mask, self.in_dim)
         z = self.summarise(x, mask)
         logits = mask_logits(x.new_zeros(x.shape[0], 1, x.shape[1]), mask).squeeze(1)
-        return MILOutput(self.linear(z), logits, z)
+        return MILOutput(F.linear(z, self.weight, self.bias), logits, z)

@@ -93,7 +93,9 @@ def reproduce(
         key: experiment for key, experiment in module.EXPERIMENTS.items() if scale in experiment.seeds
     }
     if unknown := set(experiments or ()) - set(available):
-        raise StudyError(f"{slug}: no experiment {', '.join(unknown)} at scale {scale}; there are {', '.join(available)}")
+        raise StudyError(
+            f"{slug}: no experiment {', '.join(unknown)} at scale {scale}; there are {', '.join(available)}"
+        )
     if not available:
         raise StudyError(f"{slug}: no experiment has a {scale} scale")
     folder = Path(out) if out is not None else results_folder()

@@ -1,4 +1,4 @@
-"""The task ``mil``: which multiple-instance method classifies these bags best?
+"""The task ``mil``: find the multiple-instance method that classifies these bags best.
 
 To add a method, write its model (and loss) and add one line to `METHODS`; a part that joins other methods with ``+``
 goes into `PARTS`.
@@ -107,9 +107,8 @@ def fit_logistic(
     model = PooledLogistic(train.in_dim, len(classes), summary)  # type: ignore[arg-type]
     frequency = np.bincount(train.labels, minlength=len(classes)) / len(train)
     with torch.no_grad():
-        model.linear.bias.copy_(torch.from_numpy(np.log(np.maximum(frequency, 1e-6))))
+        model.bias.copy_(torch.from_numpy(np.log(np.maximum(frequency, 1e-6))))
         if summary == "none" or len(set(train.labels)) < 2:
-            model.linear.weight.zero_()
             return model.eval()
         seen, held_out = (
             torch.cat([model.summarise(bag.x.unsqueeze(0)) for bag in part]).double().numpy()
@@ -124,7 +123,7 @@ def fit_logistic(
             value = log_loss(validation.labels, p / p.sum(1, keepdims=True), labels=classes)
             if value < lowest:
                 best, lowest = pipeline, value
-        assert best is not None  # noqa: S101 - the first candidate has a finite loss
+        assert best is not None
         scaler, logistic = best[0], best[1]
         coefficients = np.zeros((len(classes), seen.shape[1]))
         intercept = np.full(len(classes), -20.0)
@@ -134,8 +133,8 @@ def fit_logistic(
         else:
             coefficients[logistic.classes_], intercept[logistic.classes_] = logistic.coef_, logistic.intercept_
         weight = coefficients / scaler.scale_
-        model.linear.weight.copy_(torch.from_numpy(weight))
-        model.linear.bias.copy_(torch.from_numpy(intercept - weight @ scaler.mean_))
+        model.weight.copy_(torch.from_numpy(weight))
+        model.bias.copy_(torch.from_numpy(intercept - weight @ scaler.mean_))
     return model.eval()
 
 
@@ -166,9 +165,7 @@ PARTS: dict[str, tuple[Callable[..., tuple[nn.Module, MILLoss]], Callable[..., A
 }
 
 
-def build(
-    name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
-) -> Callable[..., nn.Module]:
+def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> Callable[..., nn.Module]:
     """Make the ``fit`` of a method, a composition such as ``acmil+aem``, or the user's own ``package.module:factory``.
 
     Raises

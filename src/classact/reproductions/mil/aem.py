@@ -6,7 +6,7 @@ paper's situation in that validation and test bags are of one kind. The optimise
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIM, HIDDEN = 64, 32
-WEIGHTS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-SHORT_WEIGHTS = (0.01, 0.03, 0.1, 0.3)
-TEMPERATURES = (1.5, 2.0, 4.0, 8.0)
+# Pilots on seeds 0 and 1 put the best weight at 1, then the edge of the grid: 3 and 10 were added, and 16 and 32 to the
+# temperatures for the same reason.
+WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SHORT_WEIGHTS = (0.03, 0.3, 3.0)
+TEMPERATURES = (2.0, 4.0, 8.0, 16.0, 32.0)
 ATTENTION_DROPOUT = (0.1, 0.3, 0.5, 0.7)
-WEIGHT_DECAY = (1e-3, 1e-2, 0.1, 1.0)
-REAL_WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3)
+WEIGHT_DECAY = (0.01, 0.1, 1.0)
+REAL_WEIGHTS = (0.0, 0.03, 0.1, 0.3)
 
 
 def _name(weight: float) -> str:
@@ -48,7 +50,7 @@ def _name(weight: float) -> str:
 
 
 def _abmil(**options: float) -> Callable[[], nn.Module]:
-    return lambda: ABMIL(64, 2, dim=DIM, hidden=HIDDEN, gated=True, **options)  # type: ignore[arg-type]
+    return lambda: ABMIL(64, 2, dim=DIM, hidden=HIDDEN, gated=True, **options)
 
 
 def _validation(model: nn.Module, bags: ShortcutBags) -> tuple[float, float, float]:
@@ -77,12 +79,12 @@ def run_sweep(seed: int, scale: str) -> Values:
     cells["mean"] = arm(lambda: MeanMIL(64, 2, dim=DIM))
     tempered = [arm(_abmil(temperature=value)) for value in TEMPERATURES]
     cells["temperature"] = best(tempered, "mixed")
-    cells["temperature_equal_entropy"] = min(tempered, key=lambda found: abs(found["entropy"] - cells["aem"]["entropy"]))
+    cells["temperature_equal_entropy"] = min(
+        tempered, key=lambda found: abs(found["entropy"] - cells["aem"]["entropy"])
+    )
     cells["attention_dropout"] = best([arm(_abmil(attention_dropout=value)) for value in ATTENTION_DROPOUT], "mixed")
     cells["weight_decay"] = best([arm(_abmil(), decay=value) for value in WEIGHT_DECAY], "mixed")
-    acmil = train(
-        lambda: ACMIL(64, 2, dim=DIM, hidden=HIDDEN, top_k=5), ACMILLoss(), bags, seed, scale
-    )
+    acmil = train(lambda: ACMIL(64, 2, dim=DIM, hidden=HIDDEN, top_k=5), ACMILLoss(), bags, seed, scale)
     cells["acmil"] = measure(acmil, bags)
 
     def heads() -> nn.Module:
@@ -125,20 +127,20 @@ def draw_sweep(cells: Cells) -> "Figure":
     left.set_ylabel("AUC, hard witnesses only")
     left.legend(frameon=False, fontsize=8)
     left.spines[["top", "right"]].set_visible(False)
-    arms = ("lambda_0", "aem", "aem_same", "temperature", "temperature_equal_entropy", "attention_dropout")
-    arms += ("weight_decay", "acmil", "mean", "mha", "mha_aem", "subsampling", "subsampling_aem")
+    arms = ["lambda_0", "aem", "aem_same", "temperature", "temperature_equal_entropy", "attention_dropout"]
+    arms += ["weight_decay", "acmil", "mean", "mha", "mha_aem", "subsampling", "subsampling_aem"]
     strip_plot(right, {arm: cells.metric(arm, "auc_hard") for arm in arms}, "AUC, hard witnesses only")
     return figure
 
 
-def run_fold(name: str, seed: int, scale: str) -> Values:
+def run_fold(name: str, seed: int, scale: str, epochs: int = 50) -> Values:
     """One fold of one real set; lambda is chosen by the AUC of the inner validation part, ties by its loss."""
     fold = make_fold(name, seed, scale)
-    trained = []
+    trained: list[dict[str, Any]] = []
     for weight in REAL_WEIGHTS:
         loss = BagCrossEntropy() + AttentionEntropy(weight)
         model, found = train_on_fold(
-            lambda d: ABMIL(d, 2, dim=DIM, hidden=DIM, gated=True), loss, fold, seed, scale
+            lambda d: ABMIL(d, 2, dim=DIM, hidden=DIM, gated=True), loss, fold, seed, scale, epochs
         )
         validation = predict_bags(model, fold.validation, batch_size=16)
         logits = predict_bags(model, fold.test, batch_size=16).attention_logits
@@ -158,8 +160,8 @@ def run_ucsb(seed: int, scale: str) -> Values:
 
 
 def run_musk2(seed: int, scale: str) -> Values:
-    """Conformations of molecules, up to 1,044 a bag."""
-    return run_fold("musk2", seed, scale)
+    """Conformations of molecules, up to 1,044 a bag; 20 epochs keep it within the time of a `cpu` run."""
+    return run_fold("musk2", seed, scale, epochs=20)
 
 
 def draw_folds(cells: Cells) -> "Figure":

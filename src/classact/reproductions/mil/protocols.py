@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ class ShortcutBags:
 
 
 def make_shortcut_bags(seed: int, scale: str) -> ShortcutBags:
-    """Draw the bags of a seed: 200 for training, 100 for validation, 400 per test set (40, 20 and 40 at smoke scale)."""
+    """Draw the bags of a seed: 200 for training, 100 per validation set, 400 per test set; few at smoke scale."""
     n_train, n_validation, n_test = (40, 20, 40) if scale == "smoke" else (200, 100, 400)
-    kinds = ("both", "easy", "hard")
+    kinds: tuple[Literal["both", "easy", "hard"], ...] = ("both", "easy", "hard")
     return ShortcutBags(
         train=shortcut_bags(n_train, seed),
         same=shortcut_bags(n_validation, seed + 10_000),
@@ -70,11 +70,9 @@ def measure(model: nn.Module, bags: ShortcutBags) -> dict[str, float]:
         if kind == "both":
             both = predictions
     attention = torch.stack(both.attention_logits).softmax(-1)
-    kinds = torch.stack([bag.instance_labels for bag in bags.test["both"]])
+    kinds = torch.stack([torch.as_tensor(bag.instance_labels) for bag in bags.test["both"]])
     positive = torch.from_numpy(bags.test["both"].labels == 1)
-    found["easy_mass"], found["hard_mass"] = (
-        float((attention * (kinds == k))[positive].sum(1).mean()) for k in (1, 2)
-    )
+    found["easy_mass"], found["hard_mass"] = (float((attention * (kinds == k))[positive].sum(1).mean()) for k in (1, 2))
     mass = attention_concentration(attention, ks=(2, 5))
     found["top2"], found["top5"] = float(mass[2].mean()), float(mass[5].mean())
     found["entropy"] = float(attention_entropy(torch.stack(both.attention_logits)).mean())
@@ -118,15 +116,15 @@ def make_fold(name: str, seed: int, scale: str) -> Fold:
 
 
 def train_on_fold(
-    factory: Callable[[int], nn.Module], loss: MILLoss, fold: Fold, seed: int, scale: str
+    factory: Callable[[int], nn.Module], loss: MILLoss, fold: Fold, seed: int, scale: str, epochs: int = 50
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Train on features standardised by the training bags: 50 epochs, 8 bags a step, learning rate 1e-3.
+    """Train on features standardised by the training bags, 8 bags a step, learning rate 1e-3.
 
     Returns the model of the epoch with the lowest validation loss, and its AUC and accuracy on the test part.
     """
     torch.manual_seed(seed)
     model = Standardized.from_bags(factory(fold.train.in_dim), fold.train)
-    epochs = 3 if scale == "smoke" else 50
+    epochs = 3 if scale == "smoke" else epochs
     fit_bags(model, loss, fold.train, fold.validation, seed=seed, epochs=epochs, lr=1e-3, batch_size=8)
     predictions = predict_bags(model, fold.test, batch_size=16)
     accuracy = float((predictions.probabilities.argmax(1) == fold.test.labels).mean())
