@@ -7,6 +7,7 @@ checkpoint and the decision threshold use nothing else; every method sees the sa
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,10 +122,7 @@ def make_splits(
     StudyError
         If there are fewer groups than folds, or a group straddles parts of a given split.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     group_of = np.asarray(groups)
-    everything = np.arange(len(labels))
     if predefined is not None:
         splits = []
         for number, part in enumerate(predefined):
@@ -145,8 +143,7 @@ def make_splits(
         raise StudyError(f"{n_groups} groups cannot be cut into {folds} folds; use --folds {max(2, n_groups)} or fewer")
     splits = []
     for repeat in range(repeats):
-        cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed * 1000 + repeat)
-        for fold, (outer, test) in enumerate(cutter.split(everything, labels, group_of)):
+        for fold, (outer, test) in enumerate(_cut(labels, group_of, folds, seed * 1000 + repeat)):
             train, validation = inner_split(labels, group_of, outer, seed * 1000 + repeat)
             splits.append(Split(repeat, fold, train, validation, test))
     return splits
@@ -157,16 +154,25 @@ def inner_split(labels: np.ndarray, groups: np.ndarray, items: np.ndarray, seed:
 
     Of the five candidates the first in which both parts hold every class is taken, if there is one.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     n_groups = len(set(groups[items]))
     if n_groups < 2:
         raise StudyError("a training part needs at least 2 groups, so that one can be its validation part")
-    cutter = StratifiedGroupKFold(min(INNER_FOLDS, n_groups), shuffle=True, random_state=seed)
-    candidates = [(items[a], items[b]) for a, b in cutter.split(items, labels[items], groups[items])]
+    cuts = _cut(labels[items], groups[items], min(INNER_FOLDS, n_groups), seed)
+    candidates = [(items[a], items[b]) for a, b in cuts]
     classes = set(labels[items])
     complete = [c for c in candidates if set(labels[c[0]]) == classes == set(labels[c[1]])]
     return (complete or candidates)[0]
+
+
+def _cut(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Positions of the outer and the held-out part of every fold."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # folds that lack a class are counted and reported by the comparison itself
+        warnings.filterwarnings("ignore", message="The least populated class")
+        return list(cutter.split(labels, labels, groups))
 
 
 def fit_threshold(labels: np.ndarray, probability: np.ndarray) -> float:

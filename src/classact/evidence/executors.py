@@ -169,11 +169,11 @@ def _loky(
 @contextlib.contextmanager
 def _progress(title: str, total: int, kept: int, quiet: bool) -> Iterator[Callable[[], None]]:
     """Progress with the time left, from the first finished cell on: a bar in a terminal, plain lines elsewhere."""
+    if kept and not quiet:
+        print(f"{title}: {kept} of {kept + total} cells are there already", file=sys.stderr)
     if quiet or not total:
         yield lambda: None
         return
-    if kept:
-        print(f"{title}: {kept} of {kept + total} cells are there already", file=sys.stderr)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from classact.catalogue import load_entries
+from classact.catalogue.codehash import code_hash
+from classact.cli import app
+from classact.evidence.store import StudyError
+from classact.reproductions import reproduce
+
+WITH_EXPERIMENTS = ["acmil", "aem"]
+
+
+@pytest.mark.parametrize("slug", WITH_EXPERIMENTS)
+def test_smoke_scale_runs_and_judges_every_claim(slug, real_data, tmp_path):
+    report = reproduce(slug, "smoke", out=tmp_path, quiet=True)
+    content = json.loads((tmp_path / slug / "smoke.json").read_text())
+    entry = load_entries()[slug]
+    assert [c["id"] for c in content["claims"]] == [c["id"] for c in entry.claims if c.get("checks")]
+    assert {c["verdict"] for c in content["claims"]} <= {"holds", "fails", "inconclusive"}
+    assert all(max(c["seeds"]) < 100 for c in content["claims"])
+    assert content["code_hash"] == code_hash(f"classact.reproductions.mil.{slug}")
+    assert len([f for f in report.files if f.suffix == ".png" and f.stat().st_size > 5000]) == len(content["results"])
+    again = reproduce(slug, "smoke", out=tmp_path / "again", quiet=True)  # from the kept cells
+    assert again.content["results"] == content["results"]
+    rechecked = reproduce(slug, "smoke", out=tmp_path, recheck=True, quiet=True)
+    assert rechecked.content["claims"] == content["claims"]
+    assert len(report.table()) == len(content["claims"])
+
+
+@pytest.mark.parametrize("slug", WITH_EXPERIMENTS)
+def test_committed_results_are_printed_with_their_evidence(slug):
+    result = CliRunner().invoke(app, ["papers", slug])
+    assert result.exit_code == 0
+    for claim in load_entries()[slug].result()["claims"]:
+        assert f"{claim['verdict']} ({claim['evidence']})" in result.output
+
+
+def test_a_cell_is_the_same_whenever_it_is_run(real_data):
+    from classact.reproductions import run_cell
+
+    name = "classact.reproductions.mil.acmil"
+    first, _ = run_cell(name, "musk1", 1, "smoke")
+    run_cell(name, "musk1", 0, "smoke")
+    again, _ = run_cell(name, "musk1", 1, "smoke")
+    assert first == again
+
+
+def test_nothing_to_judge_again(tmp_path):
+    with pytest.raises(StudyError, match="no results to judge again"):
+        reproduce("acmil", "cpu", out=tmp_path, recheck=True)
+    with pytest.raises(StudyError, match="acmil: no experiment nope at scale cpu; there are shortcut-bags"):
+        reproduce("acmil", "cpu", out=tmp_path, experiments=["nope"])
+    with pytest.raises(StudyError, match="acmil: no experiment has a paper scale"):
+        reproduce("acmil", "paper", out=tmp_path)
