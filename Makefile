@@ -26,7 +26,7 @@ lint: $(READY) ## ruff (rules and format) and mypy over the package
 	@$(BIN)/mypy
 
 bench: $(READY) ## time methods beside their peers, and the command line
-	@$(BIN)/python -m pytest benchmarks --benchmark-only -o python_files='bench_*.py' -p no:xdist --benchmark-columns=min,median,rounds
+	@$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -p no:xdist -q
 
 docs: $(READY) ## build the documentation into site/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
