@@ -117,7 +117,8 @@ def draw_shortcut(cells: Cells) -> "Figure":
         maps.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value > 0.6 else "k")
     branches = len(table[0])
     maps.set_xticks(range(3), ["background", "easy witnesses", "hard witnesses"])
-    maps.set_yticks([branches * i + (branches - 1) / 2 for i in range(len(arms))], arms, rotation=90, va="center")
+    labels = [arm.replace("_no_", "\nno ") for arm in arms]
+    maps.set_yticks([branches * i + (branches - 1) / 2 for i in range(len(arms))], labels)
     for i in range(1, len(arms)):
         maps.axhline(branches * i - 0.5, color="k", linewidth=1)
     maps.set_title("attention of each branch (sorted within a seed)", fontsize=9)
