@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 demo: $(READY) ## compare the multiple-instance methods on real bags of handwritten digits
-	@$(BIN)/classact compare mil digits --methods mean,max,abmil,acmil,abmil+aem --workers 2 --out report --overwrite
+	@$(BIN)/classact compare mil digits --methods mean,max,abmil,acmil,abmil+aem --repeats 2 --epochs 30 --lr 1e-3 --workers 2 --out report --overwrite
 
 test: $(READY) ## run the tests on two cores
 	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15

@@ -146,3 +146,11 @@ def test_a_malformed_entry_is_named(tmp_path, monkeypatch):
         (tmp_path / "catalogue" / "aem.toml").write_text(broken)
         with pytest.raises(ValueError, match=message):
             load_entries.__wrapped__()
+
+
+def test_the_readme_lists_every_paper_with_its_status():
+    root = Path(__file__).parent.parent
+    namespace = {"__name__": "readme_table", "__file__": str(root / "docs" / "readme_table.py")}
+    exec((root / "docs" / "readme_table.py").read_text(), namespace)
+    text = (root / "README.md").read_text()
+    assert namespace["with_table"](text) == text, "run: python docs/readme_table.py"

@@ -52,5 +52,33 @@ def test_nothing_to_judge_again(tmp_path):
         reproduce("acmil", "cpu", out=tmp_path, recheck=True)
     with pytest.raises(StudyError, match="acmil: no experiment nope at scale cpu; there are shortcut-bags"):
         reproduce("acmil", "cpu", out=tmp_path, experiments=["nope"])
-    with pytest.raises(StudyError, match="acmil: no experiment has a paper scale"):
-        reproduce("acmil", "paper", out=tmp_path)
+    with pytest.raises(StudyError, match="acmil: no experiment has a gpu scale"):
+        reproduce("acmil", "gpu", out=tmp_path)
+
+
+@pytest.mark.parametrize("slug", WITH_EXPERIMENTS)
+def test_paper_scale_reads_the_authors_files(slug, tmp_path, monkeypatch):
+    """Made-up slides in the authors' own format: one HDF5 file, a group per slide, and their split files."""
+    import h5py
+    import numpy as np
+
+    from classact.reproductions import run_cell
+    from classact.reproductions.mil import protocols
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "camelyon16").mkdir()
+    names = [f"{kind}_{i}" for i in range(8) for kind in ("normal", "tumor")]
+    with h5py.File(tmp_path / "camelyon16" / "patch_feats_pretrain_medical_ssl.h5", "w") as file:
+        for name in names:
+            group = file.create_group(name)
+            group["feat"] = rng.normal(size=(12, 384)).astype(np.float16)
+            group["coords"] = rng.integers(0, 99, size=(12, 2))
+            group.attrs["label"] = int(name.startswith("tumor"))
+    split = {"train_names": names[:8], "val_names": names[8:12], "test_names": names[12:]}
+    (tmp_path / "camelyon16" / "split_1.json").write_text(json.dumps(split))
+    monkeypatch.setenv("CLASSACT_DATA", str(tmp_path))
+    original = protocols.fit_bags
+    monkeypatch.setattr(protocols, "fit_bags", lambda *a, **k: original(*a, **k, epochs=2))
+    values, _ = run_cell(f"classact.reproductions.mil.{slug}", "camelyon16", 100, "paper")
+    assert {"abmil", slug} <= set(values)
+    assert all(0 <= cell["auc"] <= 1 and 0 <= cell["f1"] <= 1 for cell in values.values())

@@ -9,7 +9,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -420,7 +420,6 @@ class Comparison:
     seconds: dict[str, float]
     command: str
     folder: Path
-    notes: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -505,14 +504,14 @@ class Comparison:
             group_auc, group_metrics = None, {}
             if self.by_group:
                 by_group, group_counts = self._group_scores(m)
-                group_auc = corrected_interval(by_group, self.ratio)
+                group_auc = _within_unit(corrected_interval(by_group, self.ratio))
                 group_metrics = {k: bootstrap_groups(group_counts, _metric(k)) for k in METRICS}
             instance = [c["instance_auc"] for c in self.cells[m] if c.get("instance_auc") is not None]
             rows.append(
                 Row(
                     method=m,
                     control=m in self.task.controls,
-                    auc=corrected_interval(aucs, self.ratio),
+                    auc=_within_unit(corrected_interval(aucs, self.ratio)),
                     missing=int(np.isnan(aucs).sum()),
                     difference=differences[m],
                     p=raw,
@@ -529,14 +528,27 @@ class Comparison:
             )  # fmt: skip
         return rows
 
+    @property
+    def candidates(self) -> list[str]:
+        """The methods that are not controls; the controls where nothing else was compared."""
+        return [m for m in self.methods if m not in self.task.controls] or self.methods
+
     @cached_property
     def versus_best(self) -> tuple[str, dict[str, tuple[Interval, float]]]:
         """The method with the highest mean AUC, and every other's difference to it with its Holm-adjusted p."""
-        contenders = [row for row in self.rows if not row.control] or self.rows
-        best = max(contenders, key=lambda row: row.auc.effect).method
-        gaps = {m: corrected_interval(self.aucs(m) - self.aucs(best), self.ratio) for m in self.methods if m != best}
+        best = max(self.candidates, key=lambda m: np.nanmean(self.aucs(m)))
+        gaps = {m: corrected_interval(self.aucs(m) - self.aucs(best), self.ratio) for m in self.candidates if m != best}
         adjusted = holm([gap.p_value() for gap in gaps.values()])
         return best, {m: (gap, p) for (m, gap), p in zip(gaps.items(), adjusted, strict=True)}
+
+    @cached_property
+    def versus_controls(self) -> dict[str, float]:
+        """For every method, the p value of "it beats every control": the largest of all, Holm-adjusted over methods."""
+        largest = []
+        for m in self.candidates:
+            gaps = [corrected_interval(self.aucs(m) - self.aucs(c), self.ratio) for c in self.task.controls]
+            largest.append(max((gap.p_value() if gap.effect > 0 else 1.0 for gap in gaps), default=float("nan")))
+        return dict(zip(self.candidates, holm(largest), strict=True))
 
     @cached_property
     def summary(self) -> list[str]:
@@ -544,25 +556,27 @@ class Comparison:
         best, gaps = self.versus_best
         effect = {row.method: row.auc.effect for row in self.rows}
         lines = []
-        control_gaps = {m: gap for m, gap in gaps.items() if m in self.task.controls}
-        unbeaten = [m for m, (gap, p) in control_gaps.items() if not (gap.effect < 0 and p < 0.05)]
-        if unbeaten and best not in self.task.controls:
-            strongest = max(unbeaten, key=lambda m: effect[m])
-            gap = control_gaps[strongest][0]
-            lines.append(
-                f"No method beats the controls beyond doubt: {strongest} reaches AUC {effect[strongest]:.3f}, {best} "
-                f"{effect[best]:.3f} (difference {-gap.effect:+.3f}, 95 % interval "
-                f"{-gap.high:+.3f} to {-gap.low:+.3f})."
-            )
-        same = [m for m, (_, p) in gaps.items() if not p < 0.05 and m not in self.task.controls]
+        if best not in self.task.controls and self.task.controls:
+            winners = [m for m, p in self.versus_controls.items() if p < 0.05]
+            if winners:
+                lines.append(f"Better than every control: {', '.join(sorted(winners, key=lambda m: -effect[m]))}.")
+            else:
+                strongest = max(self.task.controls, key=lambda m: effect[m])
+                gap = corrected_interval(self.aucs(best) - self.aucs(strongest), self.ratio)
+                lines.append(
+                    f"No method beats the controls beyond doubt: {strongest} reaches AUC {effect[strongest]:.3f}, "
+                    f"{best} {effect[best]:.3f} (difference {gap.effect:+.3f}, 95 % interval {gap.low:+.3f} to "
+                    f"{gap.high:+.3f}, before the adjustment for several methods)."
+                )
+        same = [m for m, (_, p) in gaps.items() if not p < 0.05]
         if same:
             lines.append(
                 f"Not distinguishable from the best ({best}, AUC {effect[best]:.3f}): "
                 f"{', '.join(f'{m} ({effect[m]:.3f})' for m in sorted(same, key=lambda m: -effect[m]))}."
             )
-        elif len([m for m in self.methods if m not in self.task.controls]) > 1:
+        elif gaps:
             lines.append(f"{best} (AUC {effect[best]:.3f}) differs from every other method.")
-        smallest = [detectable_effect(gap) for m, (gap, _) in gaps.items() if m not in self.task.controls]
+        smallest = [detectable_effect(gap) for gap, _ in gaps.values()]
         smallest = [value for value in smallest if np.isfinite(value)]
         if smallest:
             lines.append(
@@ -580,8 +594,9 @@ class Comparison:
                 lines.append(
                     f"{mixed} groups hold {self.task.unit}s of different classes; group figures leave them out."
                 )
-        if not self.definition["settings"]:
-            lines.append("Untuned: every method ran with its paper's defaults.")
+        changed = [f"{m}.{k} = {v}" for m, own in self.definition["settings"].items() for k, v in own.items()]
+        changed += [f"{k} = {v} for all" for k, v in self.definition["options"].items()]
+        lines.append(f"Untuned: paper defaults{', but ' + ', '.join(changed) if changed else ''}.")
         return lines
 
     @property
@@ -615,6 +630,11 @@ class Comparison:
         if path.suffix not in writers:
             raise ValueError(f"{path}: expected one of {', '.join(writers)}")
         writers[path.suffix](path)
+
+
+def _within_unit(interval: Interval) -> Interval:
+    """Cut the ends of an interval of a share to [0, 1]."""
+    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
 def _metric(name: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -312,7 +312,7 @@ def html_page(comparison: Comparison, data: Any, figures: dict[str, "Figure | No
         "Splits": "given" if d["folds"] == "given" else f"{d['folds']} folds x {d['repeats']} repeats, stratified",
         "Validation": "one fifth of every training part, by groups; chooses epoch and threshold",
         "Settings": ", ".join(f"{m}.{k}={v}" for m, own in d["settings"].items() for k, v in own.items())
-        or "untuned, paper defaults",
+        or "paper defaults",
         "Options": ", ".join(f"{k}={v}" for k, v in d["options"].items()) or "defaults",
         "Versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
     }
@@ -328,7 +328,8 @@ def html_page(comparison: Comparison, data: Any, figures: dict[str, "Figure | No
 <div class="summary">{"".join(f"<p>{escape(line)}</p>" for line in comparison.summary)}</div>
 <h2>Methods</h2><div class="wide"><table><thead><tr>{"".join(f"<th>{escape(h)}</th>" for h in header)}</tr></thead>
 <tbody>{"".join(body)}</tbody></table></div>
-<p><small>Bold: not distinguishable from the best (Holm-adjusted, 5 %). Grey: controls. AUC: mean over test parts with a
+<p><small>Bold: not distinguishable from the best. Grey: controls. p values are adjusted for
+several methods (Holm). AUC: mean over test parts with a
 Nadeau-Bengio corrected interval. Macro F1, balanced accuracy and accuracy: pooled predictions of a repeat at the
 threshold fitted on validation, averaged over repeats, interval by bootstrap over groups. Instance AUC, where instance
 labels are known: does the attention find the positive instances?</small></p>

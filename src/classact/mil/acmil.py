@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from classact.mil.attention import (
     AttentionPool,
+    BranchLinear,
     HeadReadout,
     MultiHeadAttentionPool,
-    _BranchLinear,
     mean_attention_logits,
 )
 from classact.mil.model import MILLoss, MILModel, check_bags, embedding_width
@@ -236,7 +236,7 @@ class ACMIL(MILModel):
         dim = dim or (embedding_width(in_dim) if attention == "gated" else embedding_width(in_dim) // heads * heads)
         self.reduce = nn.Linear(in_dim, dim, bias=False)
         self.attention = MultiBranchAttention(dim, hidden, branches, top_k, mask_drop, attention, heads)
-        self.branch_classifier = _BranchLinear(branches, dim, n_classes) if branches > 1 else None
+        self.branch_classifier = BranchLinear(branches, dim, n_classes) if branches > 1 else None
         self.classifier = nn.Linear(dim, n_classes)
 
     def embed(self, x: Float[Tensor, "n k d"]) -> Float[Tensor, "n k h"]:

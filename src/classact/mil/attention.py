@@ -159,7 +159,7 @@ class MultiHeadOutput(NamedTuple):
         return self.attention_logits.softmax(-1)
 
 
-class _BranchLinear(nn.Module):
+class BranchLinear(nn.Module):
     """M linear layers side by side: (N, M, D_in) -> (N, M, D_out), initialised as `torch.nn.Linear`."""
 
     def __init__(self, branches: int, in_dim: int, out_dim: int) -> None:
@@ -169,6 +169,7 @@ class _BranchLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(branches, out_dim).uniform_(-bound, bound))
 
     def forward(self, x: Float[Tensor, "n m i"]) -> Float[Tensor, "n m o"]:
+        """Apply each layer to its own row."""
         return torch.einsum("nmi,moi->nmo", x, self.weight) + self.bias
 
 
@@ -198,8 +199,8 @@ class MultiHeadAttentionPool(nn.Module):
             raise ValueError(f"heads: expected a divisor of the embedding width {dim}, got {heads}")
         self.heads = heads
         self.query = nn.Parameter(torch.randn(1, branches, dim) * 1e-6)
-        self.query_projection = _BranchLinear(branches, dim, dim)
-        self.key_projection = _BranchLinear(branches, dim, dim)
+        self.query_projection = BranchLinear(branches, dim, dim)
+        self.key_projection = BranchLinear(branches, dim, dim)
         self.readout = HeadReadout(dim, heads, branches, dropout)
 
     def forward(self, h: Float[Tensor, "n k d"], mask: Bool[Tensor, "n k"] | None = None) -> Float[Tensor, "n m h k"]:
@@ -218,8 +219,8 @@ class HeadReadout(nn.Module):
     def __init__(self, dim: int, heads: int = 8, branches: int = 1, dropout: float = 0.1) -> None:
         super().__init__()
         self.heads = heads
-        self.value_projection = _BranchLinear(branches, dim, dim)
-        self.output_projection = _BranchLinear(branches, dim, dim)
+        self.value_projection = BranchLinear(branches, dim, dim)
+        self.output_projection = BranchLinear(branches, dim, dim)
         self.dropout = nn.Dropout(dropout)
         self.norm_weight = nn.Parameter(torch.ones(branches, dim))
         self.norm_bias = nn.Parameter(torch.zeros(branches, dim))

@@ -20,11 +20,13 @@ from classact.mil.pooling import MeanMIL
 from classact.reproductions.mil.protocols import (
     FOLDS,
     ShortcutBags,
+    make_camelyon16_split,
     make_fold,
     make_shortcut_bags,
     measure,
     strip_plot,
     train,
+    train_as_published,
     train_on_fold,
 )
 
@@ -156,6 +158,17 @@ def run_musk1(seed: int, scale: str) -> Values:
     return run_fold("musk1", seed, scale)
 
 
+def run_camelyon16(seed: int, scale: str) -> Values:  # noqa: ARG001 - only at paper scale
+    """The paper's protocol on its own features."""
+    split = make_camelyon16_split(seed)
+    arms = {
+        "abmil": (lambda d: ABMIL(d, 2, gated=True), BagCrossEntropy()),
+        "acmil": (lambda d: ACMIL(d, 2), ACMILLoss()),
+        "acmil_p0": (lambda d: ACMIL(d, 2, mask_drop=0), ACMILLoss()),
+    }
+    return {name: train_as_published(factory, loss, split, seed)[0] for name, (factory, loss) in arms.items()}
+
+
 def draw_folds(cells: Cells) -> "Figure":
     """AUC of every fold."""
     from matplotlib.figure import Figure
@@ -176,4 +189,5 @@ EXPERIMENTS = {
     "ucsb": _on_folds(run_ucsb),
     "elephant": _on_folds(run_elephant),
     "musk1": _on_folds(run_musk1),
+    "camelyon16": Experiment(run_camelyon16, {"paper": range(100, 105)}, draw_folds),
 }

@@ -131,6 +131,40 @@ def train_on_fold(
     return model, {"auc": predictions.auc, "accuracy": accuracy}
 
 
+def make_camelyon16_split(seed: int) -> Fold:
+    """CAMELYON16 with the features and splits of the ACMIL and AEM authors; seed 100 is their split 1, 104 split 5.
+
+    Expects ``camelyon16/patch_feats_pretrain_medical_ssl.h5`` (a group per slide) and ``camelyon16/split_<i>.json``
+    under the data folder; the addresses are in the README of github.com/dazhangyu123/ACMIL.
+    """
+    from classact.data.labels import read_splits
+    from classact.data.registry import data_folder
+
+    folder = data_folder() / "camelyon16"
+    bags = open_bags(folder / "patch_feats_pretrain_medical_ssl.h5", group="slide_id")
+    (split,) = read_splits(folder / f"split_{seed % 100 + 1}.json", bags.ids)
+    return Fold(*(bags.subset(split[part]) for part in ("train", "validation", "test")))
+
+
+def train_as_published(
+    factory: Callable[[int], nn.Module], loss: MILLoss, fold: Fold, seed: int
+) -> tuple[dict[str, float], float]:
+    """Train as the authors do: 50 epochs, one bag a step, learning rate 1e-4, epoch with the largest F1 + AUC.
+
+    Returns AUC and macro F1 on the test part, and F1 + AUC on the validation part.
+    """
+    from sklearn.metrics import f1_score
+
+    torch.manual_seed(seed)
+    model = factory(fold.train.in_dim)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monitor = "val_f1_auc_gap"
+    history = fit_bags(model, loss, fold.train, fold.validation, seed=seed, device=device, monitor=monitor).history
+    predictions = predict_bags(model, fold.test, device)
+    f1 = float(f1_score(fold.test.labels, predictions.probabilities.argmax(1), average="macro"))
+    return {"auc": predictions.auc, "f1": f1}, 2 - min(history.curves[monitor])
+
+
 def strip_plot(axes: Any, values: dict[str, np.ndarray], label: str) -> None:
     """Draw one point per seed and arm, the points of a seed joined, and means with 95 % intervals."""
     from classact.evidence.statistics import t_interval
