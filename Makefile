@@ -28,6 +28,8 @@ lint: $(READY) ## ruff (rules and format) and mypy over the package
 bench: $(READY) ## time methods beside their peers, and the command line
 	@$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" -p no:xdist -q
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: export DISABLE_MKDOCS_2_WARNING = true
 docs: $(READY) ## build the documentation into site/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	@$(BIN)/mkdocs build --strict --quiet

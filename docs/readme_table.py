@@ -13,9 +13,8 @@ def table() -> str:
     lines = ["| | paper | family | status |", "| --- | --- | --- | --- |"]
     for entry in load_entries().values():
         code = f" ([code]({entry.code}))" if entry.code else ""
-        lines.append(
-            f"| `{entry.slug}` | [{entry.title}]({entry.url}), {entry.year}{code} | {FAMILIES[entry.family]} | {entry.status} |"
-        )
+        paper = f"[{entry.title}]({entry.url}), {entry.year}{code}"
+        lines.append(f"| `{entry.slug}` | {paper} | {FAMILIES[entry.family]} | {entry.status} |")
     return "\n".join(lines) + "\n"
 
 
