@@ -12,20 +12,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 FAMILIES = (
-    "nn",
-    "explain",
-    "probe",
-    "mil",
-    "discover",
-    "continual",
-    "supervision",
-    "transfer",
-    "segment",
-    "signals",
-    "recommend",
-    "rules",
-    "theory",
+    *("nn", "explain", "probe", "mil", "discover", "continual", "supervision", "transfer", "segment", "signals"),
+    *("recommend", "rules", "theory"),
 )
+PACKAGES = {f"classact.{family}" for family in FAMILIES}
 
 
 def save(model: "nn.Module", path: str | Path, metadata: dict[str, Any] | None = None) -> Path:
@@ -51,6 +41,8 @@ def save(model: "nn.Module", path: str | Path, metadata: dict[str, Any] | None =
     weights = _with_suffix(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     description = json.dumps({**_describe(model), "metadata": metadata or {}}, indent=1)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.contiguous()  # same values; safetensors cannot look through other strides
     part = weights.with_name(weights.name + ".part")
     try:
         save_model(model, str(part))
@@ -108,8 +100,9 @@ def _with_suffix(path: str | Path) -> Path:
 def _describe(model: "nn.Module") -> dict[str, Any]:
     config = getattr(model, "config", {})
     kind = type(model)
-    family = next((f for f in FAMILIES if kind.__module__.startswith(f"classact.{f}.")), None)
-    name = f"classact.{family}.{kind.__qualname__}" if family else f"{kind.__module__}:{kind.__qualname__}"
+    package = ".".join(kind.__module__.split(".")[:2])
+    public = package in PACKAGES and kind.__qualname__ in importlib.import_module(package).__all__
+    name = f"{package}.{kind.__qualname__}" if public else f"{kind.__module__}:{kind.__qualname__}"
     return {
         "class": name,
         "config": {key: _describe(value) if hasattr(value, "state_dict") else value for key, value in config.items()},
@@ -119,7 +112,7 @@ def _describe(model: "nn.Module") -> dict[str, Any]:
 def _build(description: dict[str, Any], file: Path) -> "nn.Module":
     name = description["class"]
     package, _, member = name.rpartition(".")
-    if ":" in name or package not in {f"classact.{family}" for family in FAMILIES}:
+    if ":" in name or package not in PACKAGES:
         msg = f"{file}: holds a {name}, which classact does not export; build one and pass it as load(path, model=...)"
         raise ValueError(msg)
     module = importlib.import_module(package)

@@ -240,3 +240,31 @@ def test_importing_a_model_imports_neither_lightning_nor_extras():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_loading_refuses_what_classact_does_not_export(tmp_path):
+    import json
+
+    file = classact.save(torch.nn.Linear(2, 2), tmp_path / "linear")
+    with pytest.raises(ValueError, match=r"holds a torch.nn.modules.linear:Linear, which classact does not export"):
+        classact.load(file)
+    assert classact.load(file, torch.nn.Linear(2, 2)).weight.shape == (2, 2)
+    description = tmp_path / "linear.json"
+    for name in ("os.system", "classact.mil.eval", "classact.saving.load"):
+        description.write_text(json.dumps({"class": name, "config": {}}))
+        with pytest.raises(ValueError, match=r"does not export|has no class"):
+            classact.load(file)
+    description.unlink()
+    with pytest.raises(FileNotFoundError, match=r"linear\.json: no such file; a saved model is"):
+        classact.load(file)
+
+
+def test_tied_and_non_contiguous_weights_are_saved(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[0].weight.data = model[0].weight.data.t()
+    file = classact.save(model, tmp_path / "tied")
+    other = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    other[1].weight = other[0].weight
+    x = torch.randn(2, 3)
+    assert torch.equal(classact.load(file, other)(x), model(x))
