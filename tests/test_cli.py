@@ -1,6 +1,7 @@
 """The command line, called in process."""
 
 import json
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -43,6 +44,14 @@ def test_data(tmp_path, monkeypatch):
     assert "here: no; `classact data fetch musk1`" in said
     assert "no such data set" in call("data", "info", "musk9", code=1)
     assert "nothing to fetch" in call("data", "fetch", "digits")
+
+    def offline(*_):
+        raise URLError("no route")
+
+    monkeypatch.setattr("classact.data.registry._download", offline)
+    said = call("data", "fetch", "fashion-mnist", code=1)
+    assert "cannot download fashion-mnist" in said
+    assert "t10k-labels-idx1-ubyte.gz" in said
 
 
 @pytest.fixture

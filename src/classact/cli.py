@@ -318,10 +318,19 @@ def data_info(name: Annotated[str, typer.Argument(help="A known data set.")]) ->
 @data_app.command("fetch")
 def data_fetch(name: Annotated[str, typer.Argument(help="A known data set.")]) -> None:
     """Download a data set into the data folder and check it."""
-    from classact.data.registry import fetch
+    from subprocess import CalledProcessError
+    from urllib.error import URLError
+
+    from classact.data.registry import DATA_SETS, data_folder, fetch
 
     with _plain_errors():
-        fetch(name)
+        try:
+            fetch(name)
+        except (URLError, CalledProcessError) as error:
+            item = DATA_SETS[name]
+            files = ", ".join(str(data_folder() / file) for file in item.files)
+            addresses = ", ".join((item.urls or {}).values()) or item.source
+            raise OSError(f"cannot download {name} ({error}); get it from {addresses} and put it at {files}") from error
 
 
 @app.command()
