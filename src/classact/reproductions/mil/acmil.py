@@ -174,7 +174,8 @@ def draw_folds(cells: Cells) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure((4, 3.5), layout="constrained")
-    strip_plot(figure.subplots(), {arm: cells.metric(arm, "auc") for arm in ("abmil", "acmil", "acmil_p0")}, "AUC")
+    arms = ("abmil", "acmil", "acmil_p0")
+    strip_plot(figure.subplots(), {arm: cells.metric(arm, "auc") for arm in arms}, "AUC", folds=True)
     return figure
 
 

@@ -182,7 +182,7 @@ def draw_folds(cells: Cells) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure((3.5, 3.5), layout="constrained")
-    strip_plot(figure.subplots(), {arm: cells.metric(arm, "auc") for arm in ("abmil", "aem")}, "AUC")
+    strip_plot(figure.subplots(), {arm: cells.metric(arm, "auc") for arm in ("abmil", "aem")}, "AUC", folds=True)
     return figure
 
 

@@ -165,15 +165,18 @@ def train_as_published(
     return {"auc": predictions.auc, "f1": f1}, 2 - min(history.curves[monitor])
 
 
-def strip_plot(axes: Any, values: dict[str, np.ndarray], label: str) -> None:
-    """Draw one point per seed and arm, the points of a seed joined, and means with 95 % intervals."""
-    from classact.evidence.statistics import t_interval
+def strip_plot(axes: Any, values: dict[str, np.ndarray], label: str, folds: bool = False) -> None:
+    """Draw one point per seed and arm, the points of a seed joined, and means with 95 % intervals.
+
+    Where the seeds are `folds` of one data set, the intervals are Nadeau and Bengio's.
+    """
+    from classact.evidence.statistics import corrected_interval, t_interval
 
     table = np.array(list(values.values()))
     axes.plot(table, color="0.85", linewidth=0.7, zorder=1)
     for index, row in enumerate(table):
         axes.scatter(np.full(len(row), index), row, s=10, color="C0", alpha=0.6, linewidth=0, zorder=2)
-        interval = t_interval(row)
+        interval = corrected_interval(row, 1 / (FOLDS - 1)) if folds else t_interval(row)
         axes.errorbar(
             index,
             interval.effect,
