@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +136,42 @@ def test_a_damaged_cell_is_reported_and_computed_again(tmp_path, capsys):
         (tmp_path / "s" / "cells" / "a.json").write_text("{")
         assert run_jobs(double, None, jobs, store, quiet=True) == {"a": 6}
     assert "cell a was damaged and is computed again" in capsys.readouterr().err
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from classact.evidence.executors import Job, run_jobs
+from classact.evidence.store import Store
+
+def cell(folder, number):
+    Path(folder, f"pid{os.getpid()}").touch()
+    time.sleep(60)
+    return number, {}
+
+if __name__ == "__main__":
+    with Store(sys.argv[1] + "/s", {}) as store:
+        run_jobs(cell, sys.argv[1], [Job("a", (0,)), Job("b", (1,))], store, workers=2, quiet=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_workers_end_with_their_driver(tmp_path):
+    (tmp_path / "study.py").write_text(ORPHANS)
+    driver = subprocess.Popen([sys.executable, tmp_path / "study.py", str(tmp_path)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(pids := [int(p.name[3:]) for p in tmp_path.glob("pid*")]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        except FileNotFoundError:
+            return False
+
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(pids) == 2
+    assert not any(map(alive, pids))

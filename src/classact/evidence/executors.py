@@ -1,7 +1,9 @@
 """Running the cells of a study: in this process, or in loky workers. The driver alone writes cells."""
 
 import contextlib
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +132,16 @@ _worker_state: dict[str, Any] = {}
 def _start_worker(function: Callable[..., Cell], shared: Any) -> None:
     import torch
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _worker_state.update(function=function, shared=shared)
+
+
+def _end_with(driver: int) -> None:
+    """End this worker when its driver is gone, however it went."""
+    while os.getppid() == driver:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(job: Job) -> tuple[Cell, float]:
@@ -149,7 +159,10 @@ def _loky(
         return
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "VECLIB_MAXIMUM", "NUMEXPR")}
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), initializer=_start_worker, initargs=(function, shared), env=one_thread
+        min(workers, len(jobs)),
+        initializer=_start_worker,
+        initargs=(function, shared),
+        env=one_thread,
     )
     try:
         waiting: dict[Future[Any], Job] = {pool.submit(_work, job): job for job in jobs}
