@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -132,6 +133,7 @@ _worker_state: dict[str, Any] = {}
 def _start_worker(function: Callable[..., Cell], shared: Any) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its workers
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _worker_state.update(function=function, shared=shared)
