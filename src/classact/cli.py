@@ -105,6 +105,8 @@ def _show_entry(entry: "Entry") -> None:
         print(fill(f"{claim['id']}: {claim['statement']}", 100, initial_indent=f" {star} ", subsequent_indent="   "))
         print(fill(f"paper: {claim['reported']}", 100, initial_indent="     ", subsequent_indent="     "))
         print(f"     {_verdict(verdicts.get(claim['id']), claim)}")
+        if claim.get("note") and claim["id"] in verdicts:
+            print(fill(claim["note"], 100, initial_indent="     ", subsequent_indent="     "))
     if result is not None:
         stale = " (STALE: the code has changed since)" if entry.stale() else ""
         print(f"\n* central claim. Measured at cpu scale{stale}; repeat with `{result['command']}`")
