@@ -176,13 +176,12 @@ def _claims_table(report: Any) -> Any:
             continue
         ours = []
         for check in found["checks"]:
-            region = f"above {check['above']}" if check["below"] is None else (
-                f"below {check['below']}" if check["above"] is None else f"within {check['above']} and {check['below']}"
-            )  # fmt: skip
-            asked = region if check["required"] else f"{region}; shown, does not decide"
+            ends = [f"{word} {check[word]}" for word in ("above", "below") if check[word] is not None]
+            asked = " and ".join(ends) + ("" if check["required"] else " (shown, does not decide)")
+            least = "?" if check["detectable"] is None else f"{check['detectable']:.3f}"
             ours.append(
-                f"{check['expression']} = {_effect(check)}\n  {check['experiment']}, n = {len(check['seeds'])}; "
-                f"asked: {asked}: {check['verdict']}"
+                f"{check['expression']} = {_effect(check)}\n  {check['experiment']}, n = {len(check['seeds'])}, "
+                f"smallest detectable {least}; asked: {asked}: {check['verdict']}"
             )
         table.add_row(name, claim["reported"], "\n".join(ours), f"{found['verdict']} ({found['evidence']})")
     return table
