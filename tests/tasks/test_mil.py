@@ -172,6 +172,7 @@ def test_instance_scores_are_out_of_fold_attention(report):
             assert scores.attrs["kind"] == "attention"
             assert scores.shape == (len(bag.x),)
             assert float(scores[()].sum()) == pytest.approx(1, abs=1e-5)
+            assert not set(TASK.controls) & set(file[name])  # they look at no instance
 
 
 def test_the_refitted_model_comes_back(report):

@@ -334,7 +334,9 @@ def compare_methods(
         "repeats": len(cuts) if splits is not None else repeats,
         "splits": _fingerprint(cuts),
         "seed": seed,
-        "code": code_hash(f"classact.tasks.{task.name}") if task.build.__module__.startswith("classact.") else "",
+        "code": code_hash(f"classact.tasks.{task.name.replace('-', '_')}")
+        if task.build.__module__.startswith("classact.")
+        else "",
     }
     shared = _Shared(task, data, settings, options, device, seed)
     everything = np.arange(len(labels))

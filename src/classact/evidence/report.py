@@ -181,7 +181,7 @@ def write_instance_scores(comparison: Comparison, data: Any) -> None:
 
     Scores are out of fold (first repeat): the model had not seen the item.
     """
-    if not any("instance_scores" in arrays for arrays in comparison.arrays[comparison.methods[0]]):
+    if not any("instance_scores" in arrays for cells in comparison.arrays.values() for arrays in cells):
         return
     import h5py
 

@@ -270,8 +270,10 @@ def _class_weight(kind: str | None, labels: np.ndarray, classes: int) -> torch.T
 
 
 def score(model: nn.Module, bags: BagSubset, device: str = "cpu") -> Score:
-    """Probabilities of the bags, and the attention of every instance."""
+    """Probabilities of the bags, and the attention of every instance where the method has any."""
     predictions = predict_bags(model, bags, device)
+    if isinstance(model, PooledLogistic):
+        return Score(predictions.probabilities)
     attention = [logits.softmax(-1).numpy() for logits in predictions.attention_logits]
     return Score(predictions.probabilities, attention, "attention")
 
