@@ -221,6 +221,13 @@ def test_one_class_folds_are_counted(tmp_path):
     assert any("2 of 4 test parts lack a class" in line for line in report.summary)
 
 
+def test_one_epoch_is_enough_for_a_report(tmp_path):
+    features, labels = planted(n=20)
+    options = {**QUICK, "epochs": 1}
+    classact.compare("mil", bags_with(features, labels), ["mean"], out=tmp_path, folds=2, options=options, quiet=True)
+    assert (tmp_path / "report.html").exists()
+
+
 def test_three_classes(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
