@@ -1,6 +1,7 @@
 """Running the cells of a study: in this process, or in loky workers. The driver alone writes cells."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -100,6 +101,16 @@ def _failure(job: Job, error: BaseException) -> StudyError:
     return StudyError(f"cell {job.key} failed: {type(error).__name__}: {error}")
 
 
+def _give_memory_back() -> None:
+    """Let glibc return every block of a megabyte or more to the system when it is freed.
+
+    Bags of very different sizes would otherwise leave a heap full of holes, several times the memory in use.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 @contextlib.contextmanager
 def single_thread() -> Iterator[None]:
     """Run torch and the numerical libraries with one thread, and restore what was before."""
@@ -118,6 +129,7 @@ def single_thread() -> Iterator[None]:
 def _in_process(function: Callable[..., Cell], shared: Any, jobs: Sequence[Job]) -> Generator[tuple[Job, Cell, float]]:
     if not jobs:
         return
+    _give_memory_back()
     for job in jobs:
         try:
             with single_thread():
@@ -136,6 +148,7 @@ def _start_worker(function: Callable[..., Cell], shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends its workers
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    _give_memory_back()
     _worker_state.update(function=function, shared=shared)
 
 
