@@ -104,6 +104,22 @@ def test_compare_refuses(words, message, slides):
     assert not (slides / "out" / "report.html").exists()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_method_from_the_current_folder(slides, workers, monkeypatch):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    (slides / f"mine{workers}.py").write_text("from classact.mil import MeanMIL\n\nclass Mine(MeanMIL):\n    pass\n")
+    words = ["compare", "mil", "bags", "--labels", "labels.csv", "--methods", f"mine{workers}:Mine", "--folds", "2"]
+    command = [Path(sys.executable).with_name("classact"), *words, "--epochs", "1", "--workers", str(workers)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = subprocess.run(command, cwd=slides, capture_output=True, text=True, env=environment, check=False)
+    assert found.returncode == 0, found.stderr
+    assert f"mine{workers}:Mine" in found.stdout
+
+
 def test_unknown_task(slides):
     assert "no task 'mill'; there are mil" in call("compare", "mill", slides, code=1)
 

@@ -225,6 +225,9 @@ def compare(
     with _plain_errors():
         from classact.tasks import compare as run
 
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, here)  # so that package.module:factory finds a module in this folder
+
         arguments = {**_read_config(config), **given}
         settings = {owner: dict(own) for owner, own in arguments.pop("set", {}).items()}
         for item in arguments.pop("set_", []):

@@ -340,6 +340,28 @@ def test_a_users_own_method_enters_beside_ours(own_module, tmp_path):
     assert model.metadata["method"] == "hospital_models:OwnModel+aem"
 
 
+def test_cells_of_an_edited_method_are_not_used_again(tmp_path, monkeypatch):
+    import importlib
+
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from classact.mil import MeanMIL\n\nclass Mine(MeanMIL):\n    pass\n"
+    (tmp_path / "edited_method.py").write_text(source)
+    features, labels = planted(n=20)
+
+    def run():
+        return classact.compare(
+            "mil", bags_with(features, labels), ["edited_method:Mine"], out=tmp_path / "out", folds=2, options=QUICK,
+            quiet=True,
+        )  # fmt: skip
+
+    run()
+    run()
+    (tmp_path / "edited_method.py").write_text(source + "    width = 3\n")
+    importlib.invalidate_caches()
+    with pytest.raises(StudyError, match="holds another study .own code.edited_method: there"):
+        run()
+
+
 @pytest.mark.bare
 @pytest.mark.parametrize(
     ("name", "settings", "message"),

@@ -5,6 +5,8 @@ test; inside every training fold a validation part is cut off, grouped and strat
 checkpoint and the decision threshold use nothing else; every method sees the same parts with the same seed.
 """
 
+import hashlib
+import importlib
 import json
 import tempfile
 import warnings
@@ -334,6 +336,8 @@ def compare_methods(
         "repeats": len(cuts) if splits is not None else repeats,
         "splits": _fingerprint(cuts),
         "seed": seed,
+        "device": device,
+        "own code": _own_code(chosen),
         "code": code_hash(f"classact.tasks.{task.name.replace('-', '_')}")
         if task.build.__module__.startswith("classact.")
         else "",
@@ -376,6 +380,16 @@ def compare_methods(
                 text = json.dumps(models[job.key]["description"], indent=1) + "\n"
                 write_atomically(file.with_suffix(".json"), text.encode())
     return comparison
+
+
+def _own_code(methods: Sequence[str]) -> dict[str, str]:
+    """Hash of the file behind every method of the user's: cells of an edited method are not used again."""
+    found = {}
+    for name in methods:
+        for module in (part.partition(":")[0] for part in name.split("+") if ":" in part):
+            file = getattr(importlib.import_module(module), "__file__", None)
+            found[module] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
+    return found
 
 
 def _fingerprint(cuts: list[Split]) -> str:
