@@ -362,13 +362,34 @@ def test_cells_of_an_edited_method_are_not_used_again(tmp_path, monkeypatch):
         run()
 
 
+def test_a_method_with_a_training_step_of_its_own(monkeypatch, tmp_path):
+    """As CONTRIBUTING.md says: a function ``fit(train, validation, *, seed, device)`` in METHODS."""
+
+    def fit(train, validation, *, seed, device, epochs=1, scale=1.0):
+        assert (epochs, scale) == (QUICK["epochs"], 2.0)
+        return METHODS["lr-mean"](train, validation, seed=seed, device=device)
+
+    monkeypatch.setitem(METHODS, "own-step", fit)
+    features, labels = planted(n=24)
+    settings = {"own-step": {"scale": 2.0}}
+    report = classact.compare(
+        "mil", bags_with(features, labels), ["own-step"], out=tmp_path, folds=2, options=QUICK, settings=settings,
+        quiet=True,
+    )  # fmt: skip
+    assert report.table.loc["own-step", "auc"] == report.table.loc["lr-mean", "auc"]
+    with pytest.raises(StudyError, match="own-step is not a network trained by the plain step"):
+        build("own-step+aem", {}, {})
+    with pytest.raises(StudyError, match=r"--set own-step.scal: .*did you mean scale"):
+        build("own-step", {"own-step": {"scal": 1}}, {})
+
+
 @pytest.mark.bare
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
         ("abmli", {}, "no method 'abmli'; did you mean abmil"),
         ("acmil+eam", {}, r"acmil\+eam: no method 'eam'; did you mean aem\?"),
-        ("lr-mean+aem", {}, r"lr-mean\+aem: lr-mean is a control and takes no parts"),
+        ("lr-mean+aem", {}, r"lr-mean\+aem: lr-mean is not a network trained by the plain step, and takes no parts"),
         (
             "acmil",
             {"acmil": {"brnches": 3}},

@@ -183,8 +183,8 @@ def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping
     for owner in settings:
         if owner not in known and ":" not in owner:
             raise StudyError(f"--set {owner}.…: {_unknown(owner, known)}")
-    if fit.func is fit_logistic and parts:  # type: ignore[attr-defined]
-        raise StudyError(f"{name}: {base} is a control and takes no parts")
+    if parts and getattr(fit, "func", None) is not fit_plain:
+        raise StudyError(f"{name}: {base} is not a network trained by the plain step, and takes no parts")
     chosen = []
     for part in parts:
         if part not in PARTS:
@@ -198,9 +198,13 @@ def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping
             raise StudyError(f"--set {part}: {error}") from error
         chosen.append(partial(function, **own))
     own = dict(settings.get(base, {}))
-    if fit.func is fit_logistic:  # type: ignore[attr-defined]
+    if getattr(fit, "func", None) is fit_logistic:
         _check_settings(base, own, set())
         return partial(fit, **{k: v for k, v in options.items() if k == "class_weight"})
+    if getattr(fit, "func", None) is not fit_plain:  # a training step of its own
+        known = _parameters(fit) - {"train", "validation", "seed", "device"}
+        _check_settings(base, own, known)
+        return partial(fit, **{k: v for k, v in options.items() if k in known}, **own)
     model, loss = fit.args[:2]  # type: ignore[attr-defined]
     allowed = (_parameters(model) - {"in_dim", "n_classes"}) | _parameters(loss) | EVERYWHERE
     _check_settings(base, own, allowed)
