@@ -27,7 +27,7 @@ class History:
     epochs: int
 
 
-class _BestWeights(pl.Callback):
+class _BestWeights(pl.callbacks.Checkpoint):  # these run last, when the module has logged its epoch
     """Keeps every logged curve, and the weights of the epoch with the lowest `monitor` if there is one."""
 
     def __init__(self, monitor: str | None) -> None:
@@ -110,7 +110,6 @@ def fit(
             devices=[int(index)] if index else 1,
             callbacks=callbacks,
             logger=False,
-            enable_checkpointing=checkpoint is not None,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

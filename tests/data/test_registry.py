@@ -16,6 +16,15 @@ def test_a_missing_set_says_where_it_goes_and_how_to_get_it(tmp_path, monkeypatc
     assert find_data("some/folder") == "some/folder"
 
 
+def test_a_known_set_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLASSACT_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "musk2").mkdir()
+    with pytest.raises(DataError, match="data fetch musk2"):
+        find_data("musk2")
+    assert find_data("./musk2") == "./musk2"
+
+
 @pytest.fixture
 def own_set(tmp_path, monkeypatch):
     source = tmp_path / "source.csv.gz"

@@ -173,7 +173,7 @@ def test_training_is_reproducible_and_keeps_the_best_epoch():
             ACMIL(64, 2, dim=8, hidden=8), ACMILLoss(), train, validation, seed=seed, epochs=6, lr=1e-2, batch_size=4
         )
         curve = fitted.history.curves["val_loss"]
-        assert len(curve) == 6
+        assert len(curve) == len(fitted.history.curves["train_loss"]) == 6
         assert fitted.history.best_epoch == curve.index(min(curve))
         predictions = predict_bags(fitted.model, validation)
         assert predictions.loss == pytest.approx(min(curve), abs=1e-5)

@@ -137,7 +137,7 @@ def data_folder() -> Path:
 
 
 def find_data(name: str) -> str:
-    """Path of a known data set, ``"digits"``, or `name` itself if it is a path.
+    """Path of a known data set, ``"digits"``, or `name` itself if it is none (a folder of that name: ``./name``).
 
     Raises
     ------
@@ -146,7 +146,7 @@ def find_data(name: str) -> str:
     """
     from classact.data.bag_files import DataError
 
-    if name not in DATA_SETS or Path(name).exists():
+    if name not in DATA_SETS:
         return name
     item = DATA_SETS[name]
     if not item.files:

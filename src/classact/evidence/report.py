@@ -258,7 +258,7 @@ def curve_figure(comparison: Comparison) -> "Figure | None":
         panel.set_visible(False)
     for panel, method in zip(axes.flat, trained, strict=False):
         for arrays in comparison.arrays[method]:
-            panel.plot(arrays.get("curve_train_loss", []), color="C1", linewidth=0.5, alpha=0.5)
+            panel.plot(arrays["curve_train_loss"], color="C1", linewidth=0.5, alpha=0.5)
             panel.plot(arrays["curve_val_loss"], color="C0", linewidth=0.5, alpha=0.5)
         best = np.median([cell["best_epoch"] for cell in comparison.cells[method]])
         panel.axvline(best, color="0.5", linestyle=":", linewidth=1)

@@ -239,20 +239,12 @@ class ACMIL(MILModel):
         self.branch_classifier = BranchLinear(branches, dim, n_classes) if branches > 1 else None
         self.classifier = nn.Linear(dim, n_classes)
 
-    def embed(self, x: Float[Tensor, "n k d"]) -> Float[Tensor, "n k h"]:
-        """Bias-free linear layer and ReLU."""
-        return F.relu(self.reduce(x))
-
     def pool(
         self, h: Float[Tensor, "n k h"], mask: Bool[Tensor, "n k"] | None = None
     ) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n k"]]:
         """Pool with the mean of the branches' attention maps."""
         _, z, maps = self.attention(h, mask)
         return z, mean_attention_logits(maps.flatten(1, 2))
-
-    def head(self, z: Float[Tensor, "n h"]) -> Float[Tensor, "n c"]:
-        """Linear classifier of the bag."""
-        return self.classifier(z)
 
     def forward(  # type: ignore[override]
         self,

@@ -140,10 +140,6 @@ class ABMIL(MILModel):
         z = self.attention_dropout(logits.softmax(-1)) @ h
         return z.squeeze(1), logits.squeeze(1)
 
-    def head(self, z: Float[Tensor, "n h"]) -> Float[Tensor, "n c"]:
-        """Linear classifier."""
-        return self.classifier(z)
-
 
 class MultiHeadOutput(NamedTuple):
     """A [`MILOutput`][classact.mil.MILOutput] with the logits of each of the H attention maps, (N, H, K)."""
@@ -264,10 +260,6 @@ class MultiHeadABMIL(MILModel):
         self.attention = MultiHeadAttentionPool(dim, heads, 1, dropout)
         self.classifier = nn.Linear(dim, n_classes)
 
-    def embed(self, x: Float[Tensor, "n k d"]) -> Float[Tensor, "n k h"]:
-        """Bias-free linear layer and ReLU."""
-        return F.relu(self.reduce(x))
-
     def pool(
         self, h: Float[Tensor, "n k h"], mask: Bool[Tensor, "n k"] | None = None
     ) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n k"]]:
@@ -277,10 +269,6 @@ class MultiHeadABMIL(MILModel):
 
     def _read(self, maps: Float[Tensor, "n 1 h k"], h: Float[Tensor, "n k d"]) -> Float[Tensor, "n d"]:
         return self.attention.readout(maps.softmax(-1), h).squeeze(1)
-
-    def head(self, z: Float[Tensor, "n h"]) -> Float[Tensor, "n c"]:
-        """Linear classifier."""
-        return self.classifier(z)
 
     def forward(  # type: ignore[override]
         self,

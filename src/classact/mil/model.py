@@ -39,8 +39,9 @@ class MILOutput(NamedTuple):
 class MILModel(nn.Module):
     """Base of the family: instances are embedded, pooled into one vector and classified.
 
-    A subclass defines `embed`, `pool` and `head`, and may override `forward` to return more fields. It sets
-    ``self.config``, the arguments that build it again, so that `classact.save` can write it.
+    A subclass defines `pool`, makes the layers ``reduce`` and ``classifier`` (or overrides `embed` and `head`), and may
+    override `forward` to return more fields. What it passes on as keywords is ``self.config``, the arguments that build
+    it again, so that `classact.save` can write it.
 
     Parameters
     ----------
@@ -49,6 +50,9 @@ class MILModel(nn.Module):
     n_classes : int
         Number C of classes, at least 2.
     """
+
+    reduce: nn.Module
+    classifier: nn.Module
 
     def __init__(self, in_dim: int, n_classes: int, **config: Any) -> None:
         super().__init__()
@@ -60,8 +64,8 @@ class MILModel(nn.Module):
         self.config = {"in_dim": in_dim, "n_classes": n_classes, **config}
 
     def embed(self, x: Float[Tensor, "n k d"]) -> Float[Tensor, "n k h"]:
-        """Embed every instance."""
-        raise NotImplementedError
+        """Embed every instance: linear layer (without bias in the ACMIL and AEM code) and ReLU."""
+        return F.relu(self.reduce(x))
 
     def pool(
         self, h: Float[Tensor, "n k h"], mask: Bool[Tensor, "n k"] | None = None
@@ -71,7 +75,7 @@ class MILModel(nn.Module):
 
     def head(self, z: Float[Tensor, "n h"]) -> Float[Tensor, "n c"]:
         """Classify pooled bags."""
-        raise NotImplementedError
+        return self.classifier(z)
 
     def forward(
         self,

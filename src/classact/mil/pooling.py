@@ -31,20 +31,12 @@ class MeanMIL(MILModel):
         self.reduce = nn.Linear(in_dim, dim, bias=False)
         self.classifier = nn.Linear(dim, n_classes)
 
-    def embed(self, x: Float[Tensor, "n k d"]) -> Float[Tensor, "n k h"]:
-        """Bias-free linear layer and ReLU."""
-        return F.relu(self.reduce(x))
-
     def pool(
         self, h: Float[Tensor, "n k h"], mask: Bool[Tensor, "n k"] | None = None
     ) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n k"]]:
         """Mean over the real instances."""
         logits = mask_logits(h.new_zeros(h.shape[0], 1, h.shape[1]), mask)
         return (logits.softmax(-1) @ h).squeeze(1), logits.squeeze(1)
-
-    def head(self, z: Float[Tensor, "n h"]) -> Float[Tensor, "n c"]:
-        """Linear classifier."""
-        return self.classifier(z)
 
 
 class MaxMIL(MeanMIL):
