@@ -7,7 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import config, install_import_hook
 
 # an int is a float here, as everywhere in Python's typing
-install_import_hook("classact.mil", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(
+    ("classact.mil", "classact.nn"), "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 import pytest
 import torch

@@ -59,7 +59,29 @@ def test_nothing_to_judge_again(tmp_path):
         reproduce("acmil", "gpu", out=tmp_path)
 
 
-@pytest.mark.parametrize("slug", WITH_EXPERIMENTS)
+def test_paper_scale_of_mhim_reads_slides_and_labels(tmp_path, monkeypatch):
+    """Made-up slides as ``.pt`` files with a table of labels."""
+    import torch
+
+    from classact.reproductions import run_cell
+    from classact.reproductions.mil import mhim
+
+    (tmp_path / "camelyon16_resnet50" / "pt").mkdir(parents=True)
+    rows = ["slide_id,label"]
+    for i in range(18):
+        torch.save(torch.randn(6, 16), tmp_path / "camelyon16_resnet50" / "pt" / f"slide_{i}.pt")
+        rows.append(f"slide_{i},{i % 2}")
+    (tmp_path / "camelyon16_resnet50" / "labels.csv").write_text("\n".join(rows))
+    monkeypatch.setenv("CLASSACT_DATA", str(tmp_path))
+    for name in ("fit_bags", "fit_mhim"):
+        original = getattr(mhim, name)
+        monkeypatch.setattr(mhim, name, lambda *a, _fit=original, **k: _fit(*a, **{**k, "epochs": 2}))
+    values, _ = run_cell("classact.reproductions.mil.mhim", "camelyon16", 100, "paper")
+    assert {"abmil", "mhim", "random_masking", "two_stages"} == set(values)
+    assert all(0 <= cell["auc"] <= 1 for cell in values.values())
+
+
+@pytest.mark.parametrize("slug", ["acmil", "aem"])
 def test_paper_scale_reads_the_authors_files(slug, tmp_path, monkeypatch):
     """Made-up slides in the authors' own format: one HDF5 file, a group per slide, and their split files."""
     import h5py

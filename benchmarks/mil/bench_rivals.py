@@ -41,8 +41,9 @@ def feature(bias):
 
 
 def test_dsmil_step(ratio):
+    """Ours pools once for each of two classes, torchmil's once."""
     theirs = torchmil.models.DSMIL((D,), 128, nonlinear_q=True, feat_ext=feature(bias=False))
-    assert ratio("DSMIL / torchmil DSMIL", ours(DSMIL(D, 2), DSMILLoss()), peer(theirs)) < 1.1
+    assert ratio("DSMIL / torchmil DSMIL", ours(DSMIL(D, 2), DSMILLoss()), peer(theirs)) < 1.3
 
 
 def test_clam_step(ratio):

@@ -193,7 +193,8 @@ def compare(
     data: Annotated[str, typer.Argument(help="Folder or file, or a known data set such as digits.")],
     labels: Annotated[Path | None, typer.Option(help="Table of labels: .csv, .tsv, .xlsx.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated; compose with +; yours as package.module:factory.")
+        str | None,
+        typer.Option(help="Comma-separated; compose: acmil+aem, mhim(acmil); yours as package.module:factory."),
     ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the table that names the bag or patient.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the table that holds the class.")] = None,

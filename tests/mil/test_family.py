@@ -8,8 +8,12 @@ import classact
 from classact.mil import (
     ABMIL,
     ACMIL,
+    CLAMSB,
+    DSMIL,
+    SCMIL,
     ACMILLoss,
     BagCrossEntropy,
+    MambaMIL,
     MaxMIL,
     MeanMIL,
     MILOutput,
@@ -17,6 +21,7 @@ from classact.mil import (
     PooledLogistic,
     Standardized,
     Subsample,
+    TransMIL,
 )
 
 MODELS = {
@@ -27,12 +32,18 @@ MODELS = {
     "heads": lambda: MultiHeadABMIL(20, 3, dim=16),
     "acmil": lambda: ACMIL(20, 3, dim=16, hidden=8),
     "acmil-mha": lambda: ACMIL(20, 3, dim=16, attention="mha"),
+    "clam": lambda: CLAMSB(20, 3, dim=16, hidden=8),
+    "dsmil": lambda: DSMIL(20, 3, dim=16, hidden=8),
+    "transmil": lambda: TransMIL(20, 3, dim=16, heads=2, landmarks=4),
+    "mambamil": lambda: MambaMIL(20, 3, dim=16, layers=1, state=4, rate=3),
+    "scmil": lambda: SCMIL(20, 3, dim=16, hidden=8, projection=8),
     "lr-mean": lambda: PooledLogistic(20, 3, "mean"),
     "lr-max": lambda: PooledLogistic(20, 3, "max"),
     "bag-size": lambda: PooledLogistic(20, 3, "size"),
     "prevalence": lambda: PooledLogistic(20, 3, "none"),
     "wrapped": lambda: Standardized(Subsample(ABMIL(20, 3, dim=16), 0.5), torch.randn(20), torch.rand(20) + 0.5),
 }
+IN_ORDER = (TransMIL, MambaMIL)
 NETWORKS = [name for name in MODELS if name not in ("lr-mean", "lr-max", "bag-size", "prevalence")]
 
 
@@ -63,6 +74,8 @@ def test_a_padded_batch_gives_what_its_bags_give(model):
 
 
 def test_shuffling_a_bag_changes_no_logits_and_shuffles_the_attention(model):
+    if isinstance(model, IN_ORDER):
+        pytest.skip("depends on the order")
     x, order = torch.randn(2, 30, 20), torch.randperm(30)
     output, shuffled = model(x), model(x[:, order])
     torch.testing.assert_close(shuffled.logits, output.logits, atol=2e-6, rtol=1e-5)
@@ -109,8 +122,9 @@ def test_bfloat16_autocast(name):
 
 
 @pytest.mark.bare
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "transmil"])  # it takes padded bags one by one
 def test_compiles_to_one_graph(name):
+    torch.compiler.reset()
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     _, x, mask = padded()

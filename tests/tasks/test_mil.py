@@ -52,10 +52,14 @@ def test_labels_of_the_test_part_change_no_model_threshold_or_prediction(method)
     assert found[0] == found[1]
 
 
-def test_shuffled_labels_give_chance_for_every_method(tmp_path):
+@pytest.mark.bare
+def test_shuffled_labels_give_chance_for_every_kind_of_method(tmp_path):
     """Mean over three shuffles; their standard error is about 0.04 a method, and a leak gives values near 1."""
-    methods = [m for m in METHODS if m not in TASK.controls] + ["acmil+aem", "abmil+subsample"]
+    alike = {"gated-abmil", "mha", "acmil-mha", "bimamba", "mamba", "focal-abmil", "ldam-abmil"}
+    methods = [m for m in METHODS if m not in {*TASK.controls, *alike}]
+    methods += ["acmil+aem", "abmil+subsample", "mhim(abmil)"]
     options = {"epochs": 3, "lr": 1e-2, "batch_size": 16}
+    settings = {"transmil": {"dim": 8, "heads": 1}, "mambamil": {"dim": 8, "layers": 1, "state": 2}}
     found = []
     for seed in range(3):
         features, labels = planted(n=80, shift=3.0, seed=seed)
@@ -66,6 +70,7 @@ def test_shuffled_labels_give_chance_for_every_method(tmp_path):
             methods,
             out=tmp_path / f"{seed}",
             options=options,
+            settings=settings,
             folds=3,
             quiet=True,
         )
@@ -398,6 +403,13 @@ def test_a_method_with_a_training_step_of_its_own(monkeypatch, tmp_path):
         ("acmil", {"acmil": {"branches": 0}}, "--set acmil: branches: expected at least 1, got 0"),
         ("abmil+aem", {"aem": {"weight": -1.0}}, "--set aem: weight: a negative weight"),
         ("abmil", {"amcil": {"lr": 1}}, "--set amcil.…: no method 'amcil'; did you mean acmil"),
+        ("mhim(abmil", {}, r"mhim\(abmil: expected a method, method\+part, or mhim\(method\)\+part"),
+        ("aem(abmil)", {}, r"aem\(abmil\): expected a method"),
+        ("mhim(mhim)", {}, r"no method 'mhim'"),
+        ("mhim(lr-mean)", {}, "lr-mean is not a network trained by the plain step"),
+        ("mhim(abmil)", {"mhim": {"hihg": 0.1}}, r"--set mhim.hihg: mhim has no such setting; did you mean high\?"),
+        ("mhim(abmil)", {"mhim": {"high": 2.0}}, r"--set mhim: high: expected a part in \[0, 1\], got 2.0"),
+        ("logit-adjusted-abmil", {"logit-adjusted-abmil": {"class_counts": 3}}, "has no such setting"),
         ("nowhere:Model", {}, "nowhere:Model: cannot be imported"),
         ("hospital_models:Deaf", {}, "attention logits must be -inf where mask is False"),
         ("hospital_models:Shapeless", {}, r"got logits and attention logits of shapes .*expected \(2, 2\), \(2, 3\)"),
@@ -427,3 +439,87 @@ def test_composition_trains_with_every_term():
     x = torch.from_numpy(features[0])[None]
     assert models[0](x).branch_logits.shape == (1, 3, 2)
     assert not torch.equal(models[0](x).logits, models[1](x).logits)
+
+
+def test_mhim_trains_any_method_with_any_part(own_module, tmp_path):
+    features, labels = planted()
+    names = ["mhim", "mhim(acmil)+aem", "mhim(dsmil+aem)", "mhim(hospital_models:OwnModel)"]
+    settings = {"mhim": {"high": 0.3, "student_init": "none"}}
+    report = classact.compare(
+        "mil", bags_with(features, labels), ["mean", *names], out=tmp_path, folds=2, options=QUICK, settings=settings,
+        quiet=True,
+    )  # fmt: skip
+    assert set(names) <= set(report.table.index)
+    assert "hospital_models" in report.definition["own code"]
+    assert classact.load(tmp_path / "models" / "mhim(acmil)+aem").metadata["method"] == "mhim(acmil)+aem"
+
+
+def test_mhim_counts_the_baseline_among_the_epochs():
+    features, labels = planted()
+    data = bags_with(features, labels)
+    train, validation = data.subset(range(40)), data.subset(range(40, 60))
+    plain = build("abmil", {}, {**QUICK, "epochs": 6, "patience": None})(train, validation, seed=0)
+    student = build("mhim(abmil)", {}, {**QUICK, "epochs": 6, "patience": None})(train, validation, seed=0)
+    assert (plain.history.epochs, student.history.epochs) == (6, 3)
+
+
+@pytest.mark.bare
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"prevalence", "bag-size", "lr-mean", "lr-max"}))
+def test_every_method_fits_and_predicts(name):
+    features, labels = planted(n=24)
+    data = bags_with(features, labels)
+    options = {"epochs": 1, "lr": 1e-2, "batch_size": 8}
+    model = build(name, {}, options)(data.subset(range(16)), data.subset(range(16, 24)), seed=0)
+    score = TASK.score(model, data.subset(range(24)))
+    assert score.probabilities.shape == (24, 2)
+    np.testing.assert_allclose(score.probabilities.sum(1), 1, atol=1e-5)
+    for bag, attention in zip(data, score.instance_scores, strict=True):
+        assert len(attention) == len(bag.x)
+        assert attention.sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_losses_learn_the_class_counts_of_the_training_bags(monkeypatch):
+    from classact.tasks import mil
+
+    seen = []
+    original = mil.LogitAdjustment
+    features, labels = planted(n=30)
+    data = bags_with(features, labels)
+
+    def spy(class_counts, tau=1.0, class_weight=None):
+        seen.append(list(class_counts))
+        return original(class_counts, tau, class_weight)
+
+    fit = mil.partial(mil.fit_plain, mil.MeanMIL, spy)
+    fit(data.subset(range(20)), data.subset(range(20, 30)), seed=0, epochs=1)
+    assert seen == [np.bincount(labels[:20], minlength=2).tolist()]
+
+
+@pytest.mark.bare
+def test_the_last_weights_are_kept_where_validation_means_little():
+    features, labels = planted(n=30)
+    data = bags_with(features, labels)
+    model = build("scmil", {}, {"epochs": 4, "lr": 1e-2})(data.subset(range(20)), data.subset(range(20, 30)), seed=0)
+    assert "val_loss" not in model.history.curves
+    assert model.history.epochs == 4
+
+
+def test_the_table_says_when_the_order_of_instances_is_unknown(tmp_path):
+    from classact.evidence.report import plain_table
+
+    features, labels = planted(n=24)
+    with_coords = [np.indices((1, len(x)))[::-1].reshape(2, -1).T.astype(np.float32) for x in features]
+    for coords, remark in ((None, "order unknown"), (with_coords, "")):
+        sources = [
+            Source(f"b{i}", "memory", None, arrays=RawBag(x, None if coords is None else coords[i]))
+            for i, x in enumerate(features)
+        ]
+        data = BagDataset(sources, labels, ["a", "b"], [s.id for s in sources])
+        report = classact.compare(
+            "mil", data, ["mamba", "transmil", "mean"], out=tmp_path / (remark or "known"), folds=2,
+            options={"epochs": 1, "batch_size": 8}, settings={"transmil": {"dim": 8}, "mamba": {"dim": 8}}, quiet=True,
+        )  # fmt: skip
+        assert report.table["remark"].to_dict()["mamba"] == remark
+        assert report.table["remark"].to_dict()["transmil"] == "order as stored"
+        assert ("mamba (order unknown)" in plain_table(report)) == bool(remark)
+        assert "transmil (order as stored)" in plain_table(report)

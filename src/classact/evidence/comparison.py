@@ -8,6 +8,7 @@ checkpoint and the decision threshold use nothing else; every method sees the sa
 import hashlib
 import importlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,8 @@ class Task:
         Compared where the user names none.
     unit : str
         What an item is called, such as ``bag``.
+    remark : callable
+        ``remark(method, data)`` says what a reader of the table must know of a method on these data; "" if nothing.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Task:
     controls: tuple[str, ...]
     default_methods: tuple[str, ...]
     unit: str = "item"
+    remark: Callable[[str, Any], str] = lambda method, data: ""  # noqa: ARG005
 
 
 class Split(NamedTuple):
@@ -367,6 +371,7 @@ def compare_methods(
             cells={m: [cells[job.key] for job in jobs[m]] for m in chosen},
             arrays={m: [store.arrays(job.key) for job in jobs[m]] for m in chosen},
             seconds={m: seconds_of(store, jobs[m]) / len(cuts) for m in chosen},
+            remarks={m: task.remark(m, data) for m in chosen},
             command=command,
             folder=Path(out),
         )
@@ -386,7 +391,7 @@ def _own_code(methods: Sequence[str]) -> dict[str, str]:
     """Hash of the file behind every method of the user's: cells of an edited method are not used again."""
     found = {}
     for name in methods:
-        for module in (part.partition(":")[0] for part in name.split("+") if ":" in part):
+        for module in (part.partition(":")[0] for part in re.split(r"[+()]", name) if ":" in part):
             file = getattr(importlib.import_module(module), "__file__", None)
             found[module] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
     return found
@@ -403,6 +408,7 @@ class Row:
     """One method in the table."""
 
     method: str
+    remark: str
     control: bool
     auc: Interval
     missing: int
@@ -434,6 +440,7 @@ class Comparison:
     cells: dict[str, list[dict[str, Any]]]
     arrays: dict[str, list[dict[str, np.ndarray]]]
     seconds: dict[str, float]
+    remarks: dict[str, str]
     command: str
     folder: Path
 
@@ -526,6 +533,7 @@ class Comparison:
             rows.append(
                 Row(
                     method=m,
+                    remark=self.remarks[m],
                     control=m in self.task.controls,
                     auc=_within_unit(corrected_interval(aucs, self.ratio)),
                     missing=int(np.isnan(aucs).sum()),
@@ -635,7 +643,7 @@ class Comparison:
             record |= {"p": row.p, "p_holm": row.p_adjusted, "folds_without_auc": row.missing}
             if row.instance_auc is not None:
                 record["instance_auc"] = row.instance_auc
-            record["parameters"] = row.parameters
+            record |= {"parameters": row.parameters, "remark": row.remark}
             records.append(record)
         return pd.DataFrame(records).set_index("method")
 

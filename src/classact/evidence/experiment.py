@@ -19,6 +19,11 @@ class Cells:
     values: dict[int, Values]
     arrays: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms."""
+        return list(next(iter(self.values.values())))
+
     def metric(self, arm: str, metric: str) -> np.ndarray:
         """One value per seed, in order."""
         return np.array([cell[arm][metric] for cell in self.values.values()])

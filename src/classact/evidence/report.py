@@ -82,7 +82,8 @@ def columns(comparison: Comparison, full: bool = True) -> tuple[list[str], list[
         header += ["Parameters", "s/fold"]
     lines = []
     for row in sorted(comparison.rows, key=lambda row: (row.control, -row.auc.effect)):
-        cells = [row.method, _cell(row.auc), _cell(row.difference, signed=True)]
+        name = f"{row.method} ({row.remark})" if row.remark else row.method
+        cells = [name, _cell(row.auc), _cell(row.difference, signed=True)]
         cells.append("-" if np.isnan(row.p_adjusted) else f"{row.p_adjusted:.3f}")
         cells += [_cell(row.metrics[k], short=not full) for k in METRICS]
         if comparison.by_group:

@@ -5,8 +5,8 @@ The bias-free linear layer with ReLU in front, and the multi-head form, are thos
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classact.mil.model import MILModel, check_bags, embedding_width, mask_logits
+
+Activation = Literal["tanh", "relu", "gelu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}
 
 
 class AttentionPool(nn.Module):
@@ -33,6 +36,8 @@ class AttentionPool(nn.Module):
         Divides the scores; above 1 flattens the attention.
     bias : bool
         Bias of the last layer.
+    activation : {"tanh", "relu", "gelu"}
+        Of the hidden layer; tanh in Ilse et al., ReLU in the MHIM code.
 
     Examples
     --------
@@ -50,24 +55,27 @@ class AttentionPool(nn.Module):
         branches: int = 1,
         temperature: float = 1.0,
         bias: bool = True,
+        activation: Activation = "tanh",
     ) -> None:
         super().__init__()
         if branches < 1:
             raise ValueError(f"branches: expected at least 1, got {branches}")
         if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        self.gated, self.temperature = gated, temperature
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.gated, self.temperature, self.activation = gated, temperature, activation
         self.hidden = nn.Linear(dim, hidden * (2 if gated else 1))  # V and U in one product
         self.score = nn.Linear(hidden, branches, bias=bias)
 
     def forward(self, h: Float[Tensor, "n k d"], mask: Bool[Tensor, "n k"] | None = None) -> Float[Tensor, "n m k"]:
         """Return the scores before the softmax, -inf on padding."""
-        a = self.hidden(h)
+        a, activate = self.hidden(h), ACTIVATIONS[self.activation]
         if self.gated:
             v, u = a.chunk(2, dim=-1)
-            a = v.tanh() * u.sigmoid()
+            a = activate(v) * u.sigmoid()
         else:
-            a = a.tanh()
+            a = activate(a)
         return mask_logits(self.score(a).transpose(1, 2) / self.temperature, mask)
 
 
@@ -90,6 +98,10 @@ class ABMIL(MILModel):
         Dropout on the attention weights, a remedy for concentrated attention.
     temperature : float
         Divides the attention logits; above 1 flattens the attention.
+    activation : {"tanh", "relu", "gelu"}
+        Of the attention network's hidden layer.
+    bias : bool
+        Bias of the first layer.
 
     Examples
     --------
@@ -110,6 +122,8 @@ class ABMIL(MILModel):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         temperature: float = 1.0,
+        activation: Activation = "tanh",
+        bias: bool = False,
     ) -> None:
         super().__init__(
             in_dim,
@@ -120,16 +134,18 @@ class ABMIL(MILModel):
             dropout=dropout,
             attention_dropout=attention_dropout,
             temperature=temperature,
+            activation=activation,
+            bias=bias,
         )
         dim = dim or embedding_width(in_dim)
-        self.reduce = nn.Linear(in_dim, dim, bias=False)
+        self.reduce = nn.Linear(in_dim, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self.attention = AttentionPool(dim, hidden, gated, temperature=temperature)
+        self.attention = AttentionPool(dim, hidden, gated, temperature=temperature, activation=activation)
         self.attention_dropout = nn.Dropout(attention_dropout)
         self.classifier = nn.Linear(dim, n_classes)
 
     def embed(self, x: Float[Tensor, "n k d"]) -> Float[Tensor, "n k h"]:
-        """Bias-free linear layer, ReLU, dropout."""
+        """Linear layer, ReLU, dropout."""
         return self.dropout(F.relu(self.reduce(x)))
 
     def pool(

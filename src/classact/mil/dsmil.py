@@ -56,6 +56,11 @@ class DSMILOutput(NamedTuple):
         """Weight of every instance in its bag; rows sum to 1, padding gets exactly 0."""
         return self.attention_logits.softmax(-1)
 
+    @property
+    def salience(self) -> Float[Tensor, "n k"]:
+        """The largest class score of every instance, by which MHIM masks this model (MHIM code)."""
+        return self.instance_logits.amax(-1)
+
 
 class DSMIL(MILModel):
     """Dual-stream multiple-instance learning; train it with [`DSMILLoss`][classact.mil.DSMILLoss].

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -120,6 +120,7 @@ def fit_bags(
     batch_size: int = 1,
     patience: int | None = None,
     monitor: str = "val_loss",
+    sampler: Literal["random", "balanced"] = "random",
 ) -> FittedBags:
     """Train a model on bags and keep the epoch that is best on the validation bags.
 
@@ -140,13 +141,50 @@ def fit_bags(
     monitor : {"val_loss", "val_f1_auc_gap"}
         What chooses the epoch; see [`LitMIL`][classact.mil.LitMIL]. The default, the cross-entropy, is less noisy on
         few validation bags than the published choice, the sum of F1 and AUC.
+    sampler : {"random", "balanced"}
+        Every bag once an epoch, or every class equally often (`classact.mil.BalancedBagSampler`), in as many steps.
     """
-    module = LitMIL(model, loss, lr, weight_decay)
+    return fit_module(
+        LitMIL(model, loss, lr, weight_decay),
+        train,
+        validation,
+        seed=seed,
+        device=device,
+        epochs=epochs,
+        batch_size=batch_size,
+        patience=patience,
+        monitor=monitor,
+        sampler=sampler,
+    )
+
+
+def fit_module(
+    module: LitMIL,
+    train: Any,
+    validation: Any = None,
+    *,
+    seed: int,
+    device: str = "cpu",
+    epochs: int = 50,
+    batch_size: int = 1,
+    patience: int | None = None,
+    monitor: str = "val_loss",
+    sampler: Literal["random", "balanced"] = "random",
+) -> FittedBags:
+    """Train a module of the family, as [`fit_bags`][classact.mil.lit.fit_bags] does with the plain one."""
+    if sampler not in ("random", "balanced"):
+        raise ValueError(f"sampler: expected 'random' or 'balanced', got {sampler!r}")
     shuffle = torch.Generator().manual_seed(seed)
-    order = DataLoader(train, batch_size=batch_size, shuffle=True, generator=shuffle, collate_fn=collate_bags)
+    if sampler == "balanced":
+        from classact.mil.sampler import BalancedBagSampler
+
+        batches = BalancedBagSampler(train.labels, batch_size, shuffle)
+        order = DataLoader(train, batch_sampler=batches, collate_fn=collate_bags)
+    else:
+        order = DataLoader(train, batch_size=batch_size, shuffle=True, generator=shuffle, collate_fn=collate_bags)
     held_out = validation and DataLoader(validation, batch_size=batch_size, collate_fn=collate_bags)
     history = fit(module, order, held_out, epochs=epochs, seed=seed, device=device, patience=patience, monitor=monitor)
-    return FittedBags(model.eval(), history)
+    return FittedBags(module.model.eval(), history)
 
 
 @torch.inference_mode()

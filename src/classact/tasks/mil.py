@@ -1,7 +1,8 @@
 """The task ``mil``: find the multiple-instance method that classifies these bags best.
 
 To add a method, write its model (and loss) and add one line to `METHODS`; a part that joins other methods with ``+``
-goes into `PARTS`.
+goes into `TERMS` or
+`WRAPPERS`.
 """
 
 import difflib
@@ -9,7 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +22,19 @@ from classact.evidence.store import StudyError
 from classact.mil.acmil import ACMIL, ACMILLoss
 from classact.mil.aem import AttentionEntropy, Subsample
 from classact.mil.attention import ABMIL, MultiHeadABMIL
+from classact.mil.clam import CLAMSB, CLAMLoss
+from classact.mil.dsmil import DSMIL, DSMILLoss
+from classact.mil.imbalance import FocalLoss, LDAMLoss, LogitAdjustment
 from classact.mil.lit import fit_bags, predict_bags
+from classact.mil.mambamil import MambaMIL
+from classact.mil.mhim import MHIM, fit_mhim
 from classact.mil.model import BagCrossEntropy, MILLoss, Standardized
 from classact.mil.pooling import MaxMIL, MeanMIL, PooledLogistic
+from classact.mil.scmil import SCMIL, SCMILLoss
+from classact.mil.transmil import TransMIL
 
-TRAINING = {"epochs", "lr", "weight_decay", "batch_size", "patience"}
-EVERYWHERE = TRAINING | {"class_weight", "standardize"}
+TRAINING = {"epochs", "lr", "weight_decay", "batch_size", "patience", "sampler"}
+EVERYWHERE = TRAINING | {"keep", "class_weight", "standardize"}
 
 
 def fit_plain(
@@ -37,11 +45,14 @@ def fit_plain(
     *,
     seed: int,
     device: str = "cpu",
-    parts: tuple[Callable[[nn.Module, MILLoss], tuple[nn.Module, MILLoss]], ...] = (),
+    terms: tuple[MILLoss, ...] = (),
+    wrappers: tuple[Callable[[nn.Module], nn.Module], ...] = (),
+    mhim: Mapping[str, Any] | None = None,
     class_weight: str | None = None,
     standardize: bool | None = None,
     epochs: int = 50,
     patience: int | None = 20,
+    keep: Literal["best", "last"] = "best",
     **settings: Any,
 ) -> nn.Module:
     """Train a network on bags with a loss, and keep the epoch with the lowest validation cross-entropy.
@@ -50,13 +61,19 @@ def fit_plain(
     ----------
     model, loss : callable
         Built as ``model(in_dim, n_classes, **...)`` and ``loss(**...)``.
-    parts : tuple of callable
-        Each maps (network, loss) to what it makes of them.
+    terms : tuple of MILLoss
+        Added to the loss.
+    wrappers : tuple of callable
+        Put around the network.
+    mhim : mapping, optional
+        Train in two stages by [`fit_mhim`][classact.mil.fit_mhim] with these arguments.
     class_weight : {"balanced"}, optional
         Weigh classes by the inverse of their frequency among the training bags.
     standardize : bool, optional
         Scale features by the mean and deviation over the training bags' instances. Default: only for tables of
         hand-made features.
+    keep : {"best", "last"}
+        Weights of the epoch with the lowest validation cross-entropy, or those of the last; then nothing stops early.
     **settings
         Arguments of the network, the loss or `classact.mil.lit.fit_bags`, told apart by name.
     """
@@ -66,23 +83,28 @@ def fit_plain(
     of_loss = {k: v for k, v in settings.items() if k in _parameters(loss)}
     of_training = {k: v for k, v in settings.items() if k in TRAINING}
     of_model = {k: v for k, v in settings.items() if k not in of_loss and k not in of_training}
-    network = model(train.in_dim, classes, **of_model)
+    if "class_counts" in inspect.signature(loss).parameters:
+        of_loss["class_counts"] = np.bincount(train.labels, minlength=classes)
     criterion = loss(class_weight=weight, **of_loss)
-    for part in parts:
-        network, criterion = part(network, criterion)
-    if train.tabular if standardize is None else standardize:
-        network = Standardized.from_bags(network, train)
-    fitted = fit_bags(
-        network,
-        criterion,
-        train,
-        validation,
-        seed=seed,
-        device=device,
-        epochs=epochs,
-        patience=patience,
-        **of_training,
-    )
+    for term in terms:
+        criterion = criterion + term
+    scaled = train.tabular if standardize is None else standardize
+    scaling: Standardized | None = None
+
+    def network() -> nn.Module:
+        made = model(train.in_dim, classes, **of_model)
+        for wrap in wrappers:
+            made = wrap(made)
+        return Standardized(made, scaling.mean, scaling.scale) if scaling is not None else made
+
+    if scaled:
+        scaling = Standardized.from_bags(_Any(train.in_dim), train)
+    shared: dict[str, Any] = {"seed": seed, "device": device, "epochs": epochs, "patience": patience, **of_training}
+    watched = validation if keep == "best" else None
+    if mhim is None:
+        fitted = fit_bags(network(), criterion, train, watched, **shared)
+    else:
+        fitted = fit_mhim(network, criterion, train, watched, **{**shared, **mhim})
     fitted.model.history = fitted.history  # type: ignore[assignment]
     return fitted.model
 
@@ -138,14 +160,6 @@ def fit_logistic(
     return model.eval()
 
 
-def _entropy(network: nn.Module, loss: MILLoss, **settings: Any) -> tuple[nn.Module, MILLoss]:
-    return network, loss + AttentionEntropy(**settings)
-
-
-def _subsample(network: nn.Module, loss: MILLoss, **settings: Any) -> tuple[nn.Module, MILLoss]:
-    return Subsample(network, **settings), loss
-
-
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "mean": partial(fit_plain, MeanMIL, BagCrossEntropy),
     "max": partial(fit_plain, MaxMIL, BagCrossEntropy),
@@ -154,19 +168,32 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "mha": partial(fit_plain, MultiHeadABMIL, BagCrossEntropy),
     "acmil": partial(fit_plain, ACMIL, ACMILLoss),
     "acmil-mha": partial(fit_plain, partial(ACMIL, attention="mha"), ACMILLoss),
+    "dsmil": partial(fit_plain, DSMIL, DSMILLoss),
+    "clam-sb": partial(fit_plain, CLAMSB, CLAMLoss),
+    "transmil": partial(fit_plain, TransMIL, BagCrossEntropy),
+    "mambamil": partial(fit_plain, MambaMIL, BagCrossEntropy),
+    "bimamba": partial(fit_plain, partial(MambaMIL, mode="bidirectional"), BagCrossEntropy),
+    "mamba": partial(fit_plain, partial(MambaMIL, mode="plain"), BagCrossEntropy),
+    # the classifier learns last: validation results of the first half of the training say nothing
+    "scmil": partial(fit_plain, SCMIL, SCMILLoss, keep="last", sampler="balanced", batch_size=16),
+    "balanced-abmil": partial(fit_plain, ABMIL, BagCrossEntropy, sampler="balanced"),
+    "focal-abmil": partial(fit_plain, ABMIL, FocalLoss),
+    "ldam-abmil": partial(fit_plain, ABMIL, partial(LDAMLoss, scale=1.0)),
+    "logit-adjusted-abmil": partial(fit_plain, ABMIL, LogitAdjustment),
     "prevalence": partial(fit_logistic, "none"),
     "bag-size": partial(fit_logistic, "size"),
     "lr-mean": partial(fit_logistic, "mean"),
     "lr-max": partial(fit_logistic, "max"),
 }
-PARTS: dict[str, tuple[Callable[..., tuple[nn.Module, MILLoss]], Callable[..., Any]]] = {
-    "aem": (_entropy, AttentionEntropy),
-    "subsample": (_subsample, Subsample),
-}
+# what joins a method with +: a term of its loss, or a wrapper of its network
+TERMS: dict[str, Callable[..., MILLoss]] = {"aem": AttentionEntropy}
+WRAPPERS: dict[str, Callable[..., nn.Module]] = {"subsample": Subsample}
+# scan the instances in the order of their coordinates, or else as they are stored
+SCANNING = ("mambamil", "bimamba", "mamba")
 
 
 def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    """Make the ``fit`` of a method, a composition such as ``acmil+aem``, or the user's own ``package.module:factory``.
+    """Make the ``fit`` of a method: ``acmil``, ``acmil+aem``, ``mhim(acmil)+aem``, or your ``package.module:factory``.
 
     Raises
     ------
@@ -175,28 +202,16 @@ def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping
     """
     if unknown := set(options) - EVERYWHERE:
         raise StudyError(f"no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(EVERYWHERE))}")
-    known = {*METHODS, *PARTS}
-    base, *parts = name.split("+")
+    masked, base, parts = parse(name)
+    known = {*METHODS, *TERMS, *WRAPPERS, "mhim"}
     fit = _own(base) if ":" in base else METHODS.get(base)
     if fit is None:
-        raise StudyError(_unknown(base, METHODS))
+        raise StudyError(_unknown(base, [*METHODS, "mhim"]))
     for owner in settings:
         if owner not in known and ":" not in owner:
             raise StudyError(f"--set {owner}.…: {_unknown(owner, known)}")
-    if parts and getattr(fit, "func", None) is not fit_plain:
+    if (parts or masked) and getattr(fit, "func", None) is not fit_plain:
         raise StudyError(f"{name}: {base} is not a network trained by the plain step, and takes no parts")
-    chosen = []
-    for part in parts:
-        if part not in PARTS:
-            raise StudyError(f"{name}: {_unknown(part, PARTS)}")
-        function, target = PARTS[part]
-        own = dict(settings.get(part, {}))
-        _check_settings(part, own, _parameters(target) - {"network"})
-        try:
-            target(**own) if part == "aem" else target(_Any(), **own)
-        except (ValueError, TypeError) as error:
-            raise StudyError(f"--set {part}: {error}") from error
-        chosen.append(partial(function, **own))
     own = dict(settings.get(base, {}))
     if getattr(fit, "func", None) is fit_logistic:
         _check_settings(base, own, set())
@@ -208,17 +223,62 @@ def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping
     model, loss = fit.args[:2]  # type: ignore[attr-defined]
     allowed = (_parameters(model) - {"in_dim", "n_classes"}) | _parameters(loss) | EVERYWHERE
     _check_settings(base, own, allowed)
-    try:
-        network = model(8, 2, **{k: v for k, v in own.items() if k in _parameters(model)})
-    except (ValueError, TypeError) as error:
-        raise StudyError(f"--set {base}: {error}") from error
+    network = _checked(base, model, 8, 2, **{k: v for k, v in own.items() if k in _parameters(model)})
     if ":" in base:
         _obeys(base, network)
-    return partial(fit, parts=tuple(chosen), **{**options, **own})
+    terms, wrappers = [], []
+    for part in parts:
+        if part not in {*TERMS, *WRAPPERS}:
+            raise StudyError(f"{name}: {_unknown(part, [*TERMS, *WRAPPERS])}")
+        target = TERMS.get(part) or WRAPPERS[part]
+        of_part = dict(settings.get(part, {}))
+        _check_settings(part, of_part, _parameters(target) - {"network"})
+        if part in TERMS:
+            terms.append(_checked(part, target, **of_part))
+        else:
+            _checked(part, target, _Any(1), **of_part)
+            wrappers.append(partial(target, **of_part))
+    of_mhim = None
+    if masked:
+        of_mhim = dict(settings.get("mhim", {}))
+        mining = _parameters(MHIM) - {"model", "loss", "teacher", *TRAINING}
+        _check_settings("mhim", of_mhim, mining | TRAINING | {"student_init"})
+        _checked("mhim", MHIM, network, **{k: v for k, v in of_mhim.items() if k in mining})
+    return partial(fit, terms=tuple(terms), wrappers=tuple(wrappers), mhim=of_mhim, **{**options, **own})
+
+
+def parse(name: str) -> tuple[bool, str, list[str]]:
+    """Split a method's name into: whether MHIM trains it, the method itself, and the parts that join it."""
+    head, bracket, rest = name.partition("(")
+    if not bracket:
+        base, *parts = name.split("+")
+        return (True, "abmil", parts) if base == "mhim" else (False, base, parts)
+    inside, closed, after = rest.partition(")")
+    if head != "mhim" or not closed or (after and not after.startswith("+")) or "(" in inside:
+        raise StudyError(f"{name}: expected a method, method+part, or mhim(method)+part")
+    base, *parts = [*inside.split("+"), *after.split("+")[1:]]
+    return True, base, parts
+
+
+def _checked(owner: str, target: Callable[..., Any], *positional: Any, **settings: Any) -> Any:
+    try:
+        return target(*positional, **settings)
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"--set {owner}: {error}") from error
+
+
+def remark(name: str, bags: Any) -> str:
+    """What a reader of the table must know of a method on these bags."""
+    base = parse(name)[1]
+    if base == "transmil":
+        return "order as stored"
+    return "order unknown" if base in SCANNING and bags.read(0).coords is None else ""
 
 
 class _Any(nn.Module):
-    in_dim = 1
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
 
 
 def _own(name: str) -> Callable[..., nn.Module]:
@@ -247,7 +307,7 @@ def _obeys(name: str, network: Any) -> None:
 
 def _parameters(target: Callable[..., Any]) -> set[str]:
     bound = set(target.keywords) if isinstance(target, partial) else set()
-    return set(inspect.signature(target).parameters) - bound - {"class_weight"}
+    return set(inspect.signature(target).parameters) - bound - {"class_weight", "class_counts"}
 
 
 def _check_settings(owner: str, given: Mapping[str, Any], allowed: set[str]) -> None:
@@ -290,4 +350,5 @@ TASK = Task(
     controls=("prevalence", "bag-size", "lr-mean", "lr-max"),
     default_methods=("mean", "max", "abmil", "acmil", "abmil+aem"),
     unit="bag",
+    remark=remark,
 )

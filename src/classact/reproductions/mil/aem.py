@@ -56,7 +56,7 @@ def _name(weight: float) -> str:
     return "lambda_" + f"{weight:g}".replace(".", "_")
 
 
-def _abmil(**options: float) -> Callable[[], nn.Module]:
+def _abmil(**options: Any) -> Callable[[], nn.Module]:
     return lambda: ABMIL(64, 2, dim=DIM, hidden=HIDDEN, gated=True, **options)
 
 
