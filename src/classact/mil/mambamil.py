@@ -419,7 +419,7 @@ class MambaMIL(MILModel):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected {', '.join(ACTIVATIONS)}, got {activation!r}")
         dim = dim or embedding_width(in_dim)
-        self.mode, self.rate, self.activation = mode, rate, activation
+        self.rate, self.activation = rate, activation
         self.reduce = nn.Linear(in_dim, dim)
         self.dropout = nn.Dropout(dropout)
         fixed = 1 if rate == "auto" else rate

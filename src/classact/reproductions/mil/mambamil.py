@@ -71,8 +71,8 @@ def run_grid(seed: int, scale: str) -> Values:
     return cells
 
 
-def run_fold(name: str, seed: int, scale: str) -> Values:
-    """One fold of one real set; 20 epochs keep TransMIL within the time of a `cpu` run."""
+def run_fold(name: str, seed: int, scale: str, epochs: int) -> Values:
+    """One fold of one real set; the few epochs keep TransMIL within the time of a `cpu` run."""
     fold = make_fold(name, seed, scale)
     arms: dict[str, Callable[[int], nn.Module]] = {
         "abmil": lambda d: ABMIL(d, 2, dim=64, hidden=64),
@@ -81,18 +81,18 @@ def run_fold(name: str, seed: int, scale: str) -> Values:
         "mambamil": lambda d: MambaMIL(d, 2, dim=32, state=8, layers=1, hidden=64, rate=5),
     }
     return {
-        arm: train_on_fold(factory, BagCrossEntropy(), fold, seed, scale, epochs=20)[1] for arm, factory in arms.items()
+        arm: train_on_fold(factory, BagCrossEntropy(), fold, seed, scale, epochs)[1] for arm, factory in arms.items()
     }
 
 
 def run_ucsb(seed: int, scale: str) -> Values:
     """H&E tissue of breast cancer."""
-    return run_fold("ucsb_breast_cancer", seed, scale)
+    return run_fold("ucsb_breast_cancer", seed, scale, epochs=15)
 
 
 def run_musk1(seed: int, scale: str) -> Values:
     """Conformations of molecules."""
-    return run_fold("musk1", seed, scale)
+    return run_fold("musk1", seed, scale, epochs=12)
 
 
 def run_camelyon16(seed: int, scale: str) -> Values:  # noqa: ARG001 - only at paper scale
