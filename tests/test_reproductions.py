@@ -81,7 +81,7 @@ def test_paper_scale_of_mhim_reads_slides_and_labels(tmp_path, monkeypatch):
     assert all(0 <= cell["auc"] <= 1 for cell in values.values())
 
 
-@pytest.mark.parametrize("slug", ["acmil", "aem"])
+@pytest.mark.parametrize("slug", ["acmil", "aem", "mambamil"])
 def test_paper_scale_reads_the_authors_files(slug, tmp_path, monkeypatch):
     """Made-up slides in the authors' own format: one HDF5 file, a group per slide, and their split files."""
     import h5py
