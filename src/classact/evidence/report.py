@@ -226,22 +226,24 @@ def fold_figure(comparison: Comparison) -> "Figure":
     """AUC of every fold, the folds of one split joined by a line, with mean and interval of each method."""
     order = [row.method for row in sorted(comparison.rows, key=lambda row: (row.control, -row.auc.effect))]
     rows = {row.method: row for row in comparison.rows}
-    figure = _figure(1.6 + 1.1 * len(order), 4)
+    figure = _figure(9, 0.9 + 0.36 * len(order))
     axes = figure.subplots()
     values = np.array([comparison.aucs(method) for method in order])
-    jitter = np.linspace(-0.18, 0.18, values.shape[1])
-    x = np.arange(len(order))[:, None] + jitter
-    axes.plot(x, values, color="0.8", linewidth=0.5, zorder=1)
+    y = np.arange(len(order))[:, None] + np.linspace(-0.2, 0.2, values.shape[1])
+    axes.plot(values, y, color="0.85", linewidth=0.5, zorder=1)
     for index, method in enumerate(order):
         color = "0.45" if rows[method].control else "C0"
-        axes.scatter(x[index], values[index], s=9, color=color, alpha=0.6, zorder=2, linewidth=0)
+        axes.scatter(values[index], y[index], s=9, color=color, alpha=0.6, zorder=2, linewidth=0)
         interval = rows[method].auc
         if np.isfinite(interval.low):
             error = [[interval.effect - interval.low], [interval.high - interval.effect]]
-            axes.errorbar(index, interval.effect, error, color="black", marker="o", markersize=4, capsize=4, zorder=3)
-    axes.axhline(0.5, color="0.6", linestyle=":", linewidth=1)
-    axes.set_xticks(range(len(order)), order, rotation=30, ha="right")
-    axes.set_ylabel("AUC of the test part")
+            axes.errorbar(
+                interval.effect, index, xerr=error, color="black", marker="o", markersize=4, capsize=3, zorder=3
+            )
+    axes.axvline(0.5, color="0.6", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(len(order) - 0.5, -0.5)  # best on top, as in the table
+    axes.set_xlabel("AUC of the test part")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
