@@ -10,7 +10,7 @@ from classact.cli import app
 from classact.evidence.store import StudyError
 from classact.reproductions import reproduce
 
-WITH_EXPERIMENTS = ["acmil", "aem", "mhim", "scmil"]
+WITH_EXPERIMENTS = ["acmil", "aem", "mhim", "scmil", "mambamil"]
 
 
 @pytest.mark.parametrize("slug", WITH_EXPERIMENTS)
