@@ -13,7 +13,7 @@ from classact.reproductions import reproduce
 WITH_EXPERIMENTS = ["acmil", "aem", "mhim", "scmil", "mambamil"]
 
 
-# without run-time type checks for scmil: BalancedBagSampler gets its labels as a numpy array, which its annotation lacks
+# scmil without run-time type checks: its sampler gets labels as a numpy array, which the annotation lacks
 @pytest.mark.parametrize(
     "slug", [pytest.param(slug, marks=[pytest.mark.bare] if slug == "scmil" else []) for slug in WITH_EXPERIMENTS]
 )
