@@ -53,9 +53,9 @@ def test_labels_of_the_test_part_change_no_model_threshold_or_prediction(method)
 
 
 @pytest.mark.bare
-def test_shuffled_labels_give_chance_for_every_kind_of_method(tmp_path):
+def test_shuffled_labels_give_chance_for_every_method(tmp_path):
     """Mean over three shuffles; their standard error is about 0.04 a method, and a leak gives values near 1."""
-    alike = {"gated-abmil", "mha", "acmil-mha", "bimamba", "mamba", "focal-abmil", "ldam-abmil"}
+    alike = {"bimamba", "mamba"}  # the network of mambamil with one order less
     methods = [m for m in METHODS if m not in {*TASK.controls, *alike}]
     methods += ["acmil+aem", "abmil+subsample", "mhim(abmil)"]
     options = {"epochs": 3, "lr": 1e-2, "batch_size": 16}
