@@ -27,6 +27,7 @@ def _shape_checks(request):
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CLASSACT_STUDIES", str(tmp_path / "studies"))
+    monkeypatch.setenv("CLASSACT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

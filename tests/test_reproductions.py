@@ -13,10 +13,7 @@ from classact.reproductions import reproduce
 WITH_EXPERIMENTS = ["acmil", "aem", "mhim", "scmil", "mambamil"]
 
 
-# scmil without run-time type checks: its sampler gets labels as a numpy array, which the annotation lacks
-@pytest.mark.parametrize(
-    "slug", [pytest.param(slug, marks=[pytest.mark.bare] if slug == "scmil" else []) for slug in WITH_EXPERIMENTS]
-)
+@pytest.mark.parametrize("slug", WITH_EXPERIMENTS)
 def test_smoke_scale_runs_and_judges_every_claim(slug, real_data, tmp_path):
     report = reproduce(slug, "smoke", out=tmp_path, quiet=True)
     content = json.loads((tmp_path / slug / "smoke.json").read_text())

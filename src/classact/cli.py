@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="classact: compare methods on your own data, and check what papers claim.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Known data sets: list, describe, fetch.")
+data_app = typer.Typer(no_args_is_help=True, help="Check your data; list, describe and fetch known data sets.")
 app.add_typer(data_app, name="data")
 
 BROKEN, INTERRUPTED = 1, 130
@@ -214,10 +214,27 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Setting of a method: acmil.lr=1e-4 (repeatable).")
     ] = None,
+    tune: Annotated[
+        int | None, typer.Option(help="Configurations that every method gets, chosen on validation, with equal steps.")
+    ] = None,
+    encoders: Annotated[
+        str | None, typer.Option(help="Feature extractors to cross with the methods, comma-separated.")
+    ] = None,
+    fractions: Annotated[str | None, typer.Option(help="Learning curve over groups: 0.1,0.25,0.5,1.")] = None,
+    target_sensitivity: Annotated[
+        float | None, typer.Option(help="Choose thresholds for this sensitivity on validation, such as 0.95.")
+    ] = None,
+    exclude_bad: Annotated[
+        bool | None, typer.Option("--exclude-bad", help="Leave out bags that cannot be used; they go to excluded.csv.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of splits and training (default 0).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default cpu).")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes (default 1).")] = None,
+    share_gpu: Annotated[
+        bool | None, typer.Option("--share-gpu", help="Let several workers use one GPU; else each gets its own.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report (default report).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another study in that folder.")] = False,
 ) -> None:
@@ -234,9 +251,11 @@ def compare(
         for item in arguments.pop("set_", []):
             owner, key, value = _parse_setting(item)
             settings.setdefault(owner, {})[key] = value
-        for name in ("methods", "classes"):
+        for name in ("methods", "classes", "encoders", "fractions"):
             if isinstance(arguments.get(name), str):
                 arguments[name] = [part.strip() for part in arguments[name].split(",") if part.strip()]
+        if "fractions" in arguments:
+            arguments["fractions"] = [_number(part, "--fractions") for part in arguments["fractions"]]
         options = {k: arguments.pop(k) for k in OPTIONS if k in arguments}
         options |= arguments.pop("options", {})
         folder = Path(arguments.get("out", "report"))
@@ -257,6 +276,94 @@ def compare(
             console.print(line, markup=False, soft_wrap=True)
         print(f"\nReport: {folder / 'report.html'} (open it in a browser)")
         print(f"Also there: results.csv, predictions.csv, table.tex, instance_scores.h5, models/ in {folder}/")
+        print(f"Next: classact predict {folder} NEW_DATA, classact heatmap {folder} --method METHOD")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A report folder, or one model of its models/.")],
+    data: Annotated[str, typer.Argument(help="New data: folder or file.")],
+    truth: Annotated[Path | None, typer.Option(help="Table of labels, to measure external performance.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the predictions.")] = Path("pred"),
+    method: Annotated[str | None, typer.Option(help="Method of the report (default: its best).")] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Use the one model trained on everything, not the models of the folds.")
+    ] = False,
+    id_column: Annotated[str | None, typer.Option(help="Column of the table that names the bag or patient.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the table that holds the class.")] = None,
+    group: Annotated[str | None, typer.Option(help="What belongs together: a column, slide_id or tcga.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Which feature extractor, where there are several.")] = None,
+    exclude_bad: Annotated[
+        bool, typer.Option("--exclude-bad", help="Leave out bags that cannot be used; they go to excluded.csv.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on where encoder, magnification or patch size differ from training.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions in that folder.")] = False,
+) -> None:
+    """Apply the models of a report to new data; with --truth, measure how well they do there."""
+    with _plain_errors():
+        from classact.tasks import predict as run
+
+        options = {"id_column": id_column, "label_column": label_column, "group": group, "encoder": encoder}
+        found = run(
+            model,
+            data,
+            truth,
+            out,
+            method=method,
+            refit=refit,
+            device=device,
+            exclude_bad=exclude_bad,
+            force=force,
+            overwrite=overwrite,
+            command=_command(),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        for line in found.lines():
+            print(line)
+        print(f"\nReport: {out / 'report.html'}; also there: predictions.csv, instance_scores.h5 in {out}/")
+
+
+@app.command()
+def heatmap(
+    scores: Annotated[Path, typer.Argument(help="Folder of a report or of predictions, or its instance_scores.h5.")],
+    out: Annotated[Path, typer.Option(help="Folder of the GeoJSON files and pictures.")] = Path("heatmaps"),
+    method: Annotated[str | None, typer.Option(help="Whose scores, where there are several.")] = None,
+    score: Annotated[str | None, typer.Option(help="Which score: attention, 'attention x class logit', ...")] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", help="Of which class, for class-wise scores (default: the predicted one).")
+    ] = None,
+    patch_size: Annotated[
+        float | None, typer.Option(help="Side of a tile in the unit of the coordinates, where the files do not say.")
+    ] = None,
+    patches: Annotated[Path | None, typer.Option(help="Folder of CLAM's or TRIDENT's patches/.")] = None,
+    slides: Annotated[Path | None, typer.Option(help="Folder of slides or thumbnails to draw on.")] = None,
+    sizes: Annotated[Path | None, typer.Option(help="Table of slide sizes: slide_id,width,height.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="Micrometres per level-0 pixel, for coordinates in those.")] = None,
+    items: Annotated[str | None, typer.Option(help="Only these bags, comma-separated.")] = None,
+) -> None:
+    """Draw where in the slides the evidence lies: GeoJSON tiles for QuPath, and pictures."""
+    with _plain_errors():
+        from classact.evidence.heatmap import write_heatmaps
+
+        found = write_heatmaps(
+            scores,
+            out,
+            method=method,
+            score=score,
+            class_=class_,
+            patch_size=patch_size,
+            patches=patches,
+            slides=slides,
+            sizes=sizes,
+            mpp=mpp,
+            items=[part.strip() for part in items.split(",")] if items else None,
+        )
+        for item, reason in found.skipped:
+            _say(f"{item}: {reason}")
+        print(f"{len(found.files)} files in {out}/; drag a .geojson onto its slide in QuPath")
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
@@ -268,7 +375,8 @@ def _read_config(path: Path | None) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file (--config)")
     known = {
         *("labels", "methods", "id_column", "label_column", "group", "encoder", "classes", "splits", "folds"),
-        *("repeats", "reference", *OPTIONS, "seed", "device", "workers", "out", "set", "options"),
+        *("repeats", "reference", *OPTIONS, "seed", "device", "workers", "out", "set", "options", "tune", "encoders"),
+        *("fractions", "target_sensitivity", "exclude_bad", "share_gpu", "ray"),
     }
     content = {k.replace("-", "_"): v for k, v in tomllib.loads(path.read_text(encoding="utf-8")).items()}
     if unknown := set(content) - known:
@@ -289,10 +397,63 @@ def _parse_setting(text: str) -> tuple[str, str, Any]:
         return owner, key, value
 
 
+def _number(text: Any, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers, got {text!r}") from None
+
+
 def _command() -> str:
     import shlex
 
     return shlex.join(["classact", *sys.argv[1:]])
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[str, typer.Argument(help="Folder or file, or a known data set.")],
+    labels: Annotated[Path | None, typer.Option(help="Table of labels: .csv, .tsv, .xlsx.")] = None,
+    task: Annotated[str, typer.Option(help="What the data are for.")] = "mil",
+    methods: Annotated[
+        str | None, typer.Option(help="Predict the hours and the disk space that these need, comma-separated.")
+    ] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the table that names the bag or patient.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the table that holds the class.")] = None,
+    group: Annotated[str | None, typer.Option(help="What belongs together: a column, slide_id or tcga.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Which feature extractor, where there are several.")] = None,
+    folds: Annotated[int, typer.Option(help="Folds of the comparison to plan.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Repeats of the comparison to plan.")] = 1,
+    tune: Annotated[int, typer.Option(help="Configurations per method of the comparison to plan.")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the comparison to plan.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Bags per step of the comparison to plan.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read files.")] = 2,
+) -> None:
+    """Read every item once: what can be used, what not and why, and how many folds are possible.
+
+    Exits with 1 if something cannot be used.
+    """
+    with _plain_errors():
+        from classact.tasks import check_data
+
+        options = {"id_column": id_column, "label_column": label_column, "group": group, "encoder": encoder}
+        plan = {"folds": folds, "repeats": repeats, "tune": tune}
+        training = {k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None}
+        names = [part.strip() for part in methods.split(",") if part.strip()] if methods else None
+        check, costs = check_data(
+            task,
+            data,
+            labels,
+            methods=names,
+            plan=plan,
+            options=training,
+            workers=workers,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        for line in [*check.lines(), *costs]:
+            print(line)
+        if check.problems:
+            raise typer.Exit(BROKEN)
 
 
 @data_app.command("list")

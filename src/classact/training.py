@@ -20,11 +20,12 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class History:
-    """What happened during a training: every logged value per epoch, and the epoch whose weights were kept."""
+    """What happened during a training: every logged value per epoch, the epoch whose weights were kept, steps taken."""
 
     curves: dict[str, list[float]]
     best_epoch: int
     epochs: int
+    steps: int = 0
 
 
 class _BestWeights(pl.callbacks.Checkpoint):  # these run last, when the module has logged its epoch
@@ -120,4 +121,4 @@ def fit(
         module.load_state_dict(best.weights)
     module.to(torch.device(device))
     last = trainer.current_epoch - 1
-    return History(best.curves, best.best_epoch if best.weights else last, trainer.current_epoch)
+    return History(best.curves, best.best_epoch if best.weights else last, trainer.current_epoch, trainer.global_step)

@@ -9,6 +9,7 @@ import torch
 
 from classact.data import Bag, DataError, collate_bags, digits_bags, open_bags
 from classact.data.bag_files import bag_id, find_bags
+from classact.data.check import check_bags, raise_problems
 
 RNG = np.random.default_rng(0)
 FEATURES = {
@@ -172,11 +173,10 @@ def test_classic_mat(tmp_path):
 def test_real_musk1_and_tissue(real_data):
     musk = open_bags("musk1")
     assert (len(musk), musk.in_dim, int(musk.labels.sum())) == (92, 166, 47)
-    sizes, _ = musk.scan()
-    assert sizes.sum() == 476
+    assert check_bags(musk).sizes.sum() == 476
     tissue = open_bags("ucsb_breast_cancer")
     assert (len(tissue), tissue.in_dim, int(tissue.labels.sum())) == (58, 708, 26)
-    assert tissue.scan()[0].sum() == 2002
+    assert check_bags(tissue).sizes.sum() == 2002
 
 
 def test_digits_hold_their_witnesses_and_no_image_twice():
@@ -186,7 +186,8 @@ def test_digits_hold_their_witnesses_and_no_image_twice():
     for bag in bags:
         assert (bag.instance_labels.sum() > 0) == bool(bag.label)
         assert 8 <= len(bag.x) <= 12
-    assert digits_bags().scan()[1] == bags.scan()[1] != digits_bags(seed=1).scan()[1]
+    again, other = digits_bags(), digits_bags(seed=1)
+    assert check_bags(again).fingerprint == check_bags(bags).fingerprint != check_bags(other).fingerprint
 
 
 def test_batches_are_padded_and_masked():
@@ -282,10 +283,6 @@ def damage_npz(root):
     (root / "s2.npz").write_bytes(b"PK\x03\x04 cut off")
 
 
-def damage_gone(root):
-    write_h5(root)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -295,9 +292,9 @@ def damage_gone(root):
             r"s1\.a\.h5: expected a data set named features or feats or feat, found coords, embeddings",
         ),
         (damage_empty, r"s2\.h5, 'features': a bag with no instances, shape \(0, 6\)"),
-        (damage_nan, r"s2\.h5: bag 's2' holds nan at instance 3, feature 2; expected finite numbers"),
-        (damage_infinity, r"s3\.npz: bag 's3' holds inf at instance 0, feature 5"),
-        (damage_width, r"s4\.h5: bag 's4' has 9 features per instance, expected 6 as in 's1\.a'"),
+        (damage_nan, r"not finite: 1\n    s2: nan at instance 3, feature 2\n"),
+        (damage_infinity, r"not finite: 1\n    s3: inf at instance 0, feature 5\n"),
+        (damage_width, r"another width: 1\n    s4: 9 features per instance, most bags have 6\n"),
         (damage_pickle, r"s2\.pt: expected a tensor \(instances, features\), or a dict of tensors"),
         (damage_not_tensors, r"s2\.pt: expected a tensor .*found list"),
         (damage_slide_embedding, r"s2\.h5, 'features': expected \(instances, features\), found one vector \(6,\)"),
@@ -307,8 +304,18 @@ def damage_gone(root):
 )
 def test_damaged_bags(damage, message, tmp_path, labels):
     damage(tmp_path / "bags")
+    bags = open_bags(tmp_path / "bags", labels)
     with pytest.raises(DataError, match=message):
-        open_bags(tmp_path / "bags", labels).scan()
+        raise_problems(check_bags(bags, cache=False).problems)
+    if damage not in (damage_nan, damage_infinity, damage_width):  # what a reader cannot read
+        with pytest.raises(DataError, match=message):
+            list(bags)
+
+
+def test_another_width_is_never_trained_on(tmp_path, labels):
+    damage_width(tmp_path / "bags")
+    with pytest.raises(DataError, match=r"s4\.h5: bag 's4' has 9 features per instance, expected 6 as in 's1\.a'"):
+        list(open_bags(tmp_path / "bags", labels))
 
 
 def test_a_file_that_vanishes(tmp_path, labels):
@@ -316,7 +323,7 @@ def test_a_file_that_vanishes(tmp_path, labels):
     bags = open_bags(tmp_path / "bags", labels)
     (tmp_path / "bags" / "s2.h5").unlink()
     with pytest.raises(DataError, match=r"s2\.h5: no such file \(bag s2\)"):
-        bags.scan()
+        list(bags)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +348,7 @@ def test_coordinates_only(tmp_path, labels):
         with h5py.File(tmp_path / "patches" / f"{name}.h5", "w") as file:
             file["coords"] = COORDS[name]
     with pytest.raises(DataError, match="found coords .a file of coordinates only, such as CLAM's patches/"):
-        open_bags(tmp_path / "patches", labels)
+        list(open_bags(tmp_path / "patches", labels))
 
 
 def test_bad_text_files(tmp_path):

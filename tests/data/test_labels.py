@@ -87,8 +87,13 @@ def test_without_a_group_the_run_stops_and_asks(tmp_path, folder):
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([*ROWS, ("P9", "P9-a", "x")], ("case_id", "slide_id", "label"), "1 of 5 rows have no bag: P9-a"),
-        (ROWS[:3], ("case_id", "slide_id", "label"), r"no label in 'label' for 1 of 4 bags: P3"),
+        ([*ROWS, ("P9", "P9-a", "x")], ("case_id", "slide_id", "label"), "1 rows have no bag: P9-a"),
+        (ROWS[:3], ("case_id", "slide_id", "label"), r"labels\.csv: no label for 1 of 4 bags: P3"),
+        (
+            [("P9", f"Q{i}", "xy"[i % 2]) for i in range(3)],
+            ("case_id", "slide_id", "label"),
+            r"no label in 'label' for any of 4 bags: P1-a, .* \(names in 'slide_id' look like Q0, Q1, ... \(1 more\)\)",
+        ),
         (ROWS, ("case_id", "slide_id", "outcome"), "no column of labels among case_id, slide_id, outcome"),
         (
             [(*r[:2], 12.5, 1) for r in ROWS],
@@ -113,6 +118,20 @@ def test_without_a_group_the_run_stops_and_asks(tmp_path, folder):
 def test_tables_that_do_not_fit(rows, columns, message, tmp_path, folder):
     with pytest.raises(DataError, match=message):
         open_bags(folder, table(tmp_path, rows, columns))
+
+
+def test_what_does_not_match_is_listed_where_it_may_be_left_out(tmp_path, folder):
+    rows = [ROWS[0], *ROWS[2:], ("P9", "P9-a", "x"), ("P8", "P8-a", "y")]
+    bags = open_bags(folder, table(tmp_path, rows, ("case_id", "slide_id", "label")), strict=False)
+    assert bags.ids == ["P1-a", "P2-a", "P3"]
+    assert bags.labels.tolist() == [0, 1, 1]
+    assert bags.groups == ["P1", "P2", "P3"]
+    assert bags.problems == [
+        ("P1-b", "no label", ""),
+        ("P9-a", "missing: no bag of that name", "x"),
+        ("P8-a", "missing: no bag of that name", "y"),
+    ]
+    assert open_bags(folder, table(tmp_path, ROWS, ("case_id", "slide_id", "label")), strict=False).problems == []
 
 
 def test_many_numbers_are_not_classes(tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from classact.evidence.comparison import auc, decide, fit_threshold, inner_split, make_splits
+from classact.evidence.splits import inner_split, make_splits, take_fraction
 from classact.evidence.store import StudyError
 
 RNG = np.random.default_rng(0)
@@ -49,16 +49,19 @@ def test_validation_holds_every_class_where_it_can():
     assert set(labels[train]) == set(labels[validation]) == {0, 1}
 
 
-def test_threshold():
-    labels = np.array([0, 0, 0, 1, 1])
-    assert fit_threshold(labels, np.array([0.1, 0.2, 0.3, 0.8, 0.9])) == 0.5  # of equals, nearest to 0.5
-    assert 0.05 < fit_threshold(labels, np.array([0.01, 0.02, 0.05, 0.1, 0.3])) < 0.1
-    assert fit_threshold(np.zeros(4), np.random.rand(4)) == 0.5
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 1.0])
+def test_fractions_are_nested_whole_groups_of_every_class(fraction):
+    items = np.arange(90)[6:]
+    taken = take_fraction(LABELS, GROUPS, items, fraction, seed=3)
+    assert set(taken) <= set(items)
+    assert set(LABELS[taken]) == {0, 1}
+    assert set(GROUPS[taken]).isdisjoint(GROUPS[np.setdiff1d(items, taken)])
+    assert len(taken) == pytest.approx(fraction * len(items), abs=4)
+    if fraction < 1:
+        assert set(taken) <= set(take_fraction(LABELS, GROUPS, items, 2 * fraction, seed=3))
 
 
-def test_auc_and_decisions():
-    p = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
-    assert auc(np.array([0, 1, 1]), p) == 1
-    assert np.isnan(auc(np.array([1, 1, 1]), p))
-    assert decide(p, 0.7).tolist() == [0, 0, 1]
-    assert decide(np.array([[0.2, 0.5, 0.3]]), None).tolist() == [1]
+def test_a_fraction_keeps_a_rare_class():
+    labels = np.array([1, *[0] * 29])
+    for seed in range(5):
+        assert 0 in take_fraction(labels, np.arange(30).astype(str), np.arange(30), 0.1, seed)

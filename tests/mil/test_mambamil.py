@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import classact
-from classact.data.grid_bags import grid_bags
+from classact.data.grid import grid_bags
 from classact.mil import ABMIL, BagCrossEntropy
 from classact.mil.mambamil import (
     MambaBlock,

@@ -25,7 +25,9 @@ from classact.mil import (
     hard_instance_mask,
     load_mhim_v1_checkpoint,
 )
+from classact.mil.lit import FittedBags
 from classact.mil.mhim import keep_instances
+from classact.training import History
 
 PEER = Path(__file__).parent / "peers" / "mhim.npz"
 NOTHING = {"high": 0.0, "low": 0.0, "random": 0.0, "alpha": 0.0}
@@ -324,6 +326,7 @@ def test_two_stages_share_the_budget_and_are_reproducible(monkeypatch):
     assert spent == [2, 3] * 3
     assert not fitted.model.training
     assert len(fitted.history.curves["val_loss"]) == 3
+    assert fitted.history.steps == 5 * 7  # of both stages
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
@@ -334,10 +337,15 @@ def test_what_the_student_starts_from(how, monkeypatch):
     from classact.mil import mhim as source
 
     seen = {}
-    monkeypatch.setattr(source, "fit_module", lambda module, *a, **k: seen.update(module=module))
+    monkeypatch.setattr(
+        source,
+        "fit_module",
+        lambda module, *a, **k: seen.update(module=module) or FittedBags(module.model, History({}, 0, 1, 7)),
+    )
     torch.manual_seed(5)
     baseline = ABMIL(8, 2, dim=6)
-    fit_mhim(lambda: ABMIL(8, 2, dim=6), None, None, seed=0, baseline=baseline, student_init=how)
+    fitted = fit_mhim(lambda: ABMIL(8, 2, dim=6), None, None, seed=0, baseline=baseline, student_init=how)
+    assert fitted.history.steps == 7
     student = seen["module"].model
     same = {n for n, p in student.named_parameters() if torch.equal(p, dict(baseline.named_parameters())[n])}
     expected = {"none": set(), "embed": {"reduce.weight"}, "all": set(dict(baseline.named_parameters()))}[how]

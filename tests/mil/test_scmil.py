@@ -258,7 +258,6 @@ def test_trains_compiled():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.bare  # the sampler gets the labels as an array
 def test_trains_the_same_from_the_same_seed():
     from classact.data import digits_bags
     from classact.mil.lit import fit_bags, predict_bags
@@ -273,7 +272,6 @@ def test_trains_the_same_from_the_same_seed():
     assert (logits[0] != logits[2]).any()
 
 
-@pytest.mark.bare  # as above
 def test_second_stage_trains_the_classifier_only(monkeypatch):
     import classact.mil.lit as lit
     from classact.data import digits_bags
@@ -344,7 +342,7 @@ def test_bad_batches(arguments, message):
 
 
 def test_subtype_bags(real_data):
-    from classact.data.subtype_bags import subtype_bags
+    from classact.data.subtype import subtype_bags
 
     bags = subtype_bags((5, 2, 1), seed=3)
     assert bags.labels.tolist() == [0] * 5 + [1] * 2 + [2]

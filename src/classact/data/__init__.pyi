@@ -3,7 +3,7 @@ from .bags import Bag, BagBatch, BagDataset, collate_bags, open_bags
 from .digits import digits_bags
 from .images import fashion_mnist
 from .registry import DATA_SETS, data_folder, fetch, find_data
-from .shortcut_bags import shortcut_bags
+from .shortcut import shortcut_bags
 
 __all__ = [
     "DATA_SETS",

@@ -67,14 +67,17 @@ class RawBag:
 
 @dataclass(frozen=True)
 class Source:
-    """Where one bag lies. `kind` names the reader; `key` is a group in a file, `label` what the file itself says."""
+    """Where one bag lies. `kind` names the reader; `key` is a group in a file, `label` what the file itself says.
+
+    `arrays` is the bag itself, or what returns it when called, for bags that lie in no file.
+    """
 
     id: str
     kind: str
     path: Path
     key: str | None = None
     label: str | None = None
-    arrays: RawBag | None = None
+    arrays: RawBag | Callable[[], RawBag] | None = None
 
     def read(self) -> RawBag:
         """Read the bag.
@@ -85,7 +88,7 @@ class Source:
             If the file is missing, damaged or holds something else.
         """
         if self.arrays is not None:
-            return self.arrays
+            return self.arrays if isinstance(self.arrays, RawBag) else self.arrays()
         if not self.path.exists():
             raise DataError(f"{self.path}: no such file (bag {self.id})")
         return _READERS[self.kind](self)

@@ -1,9 +1,10 @@
 """Data sets of bags: read lazily from any of the field's layouts, matched with labels and groups, and batched."""
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from classact.data.bag_files import BagFiles, DataError, RawBag, Source, find_bags, stored_label
-from classact.data.labels import Labels, read_labels
+from classact.data.labels import Labels, read_labels, some
 
 CACHE_BYTES = 256 * 2**20
 
@@ -49,6 +50,14 @@ class BagBatch(NamedTuple):
     label: Tensor
 
 
+class Problem(NamedTuple):
+    """An item that cannot be used: its name, why, and its label where that is known."""
+
+    item: str
+    reason: str
+    label: str = ""
+
+
 def collate_bags(bags: Sequence[Bag]) -> BagBatch:
     """Pad bags into one batch; `mask` is True at real instances."""
     label = torch.tensor([bag.label for bag in bags])
@@ -71,13 +80,13 @@ class BagDataset(Dataset[Bag]):
     ids : list of str
         Names of the bags.
     labels : (n,) int array
-        Positions in `classes`.
+        Positions in `classes`; -1 where unknown.
     classes : list of str
         Names of the classes; of two, the second is the positive one.
     groups : list of str
         What may not straddle training and test, such as the patient, per bag.
-    in_dim : int
-        Width of the features, as in the first bag.
+    problems : list of Problem
+        What was named but is not among the bags: rows of the table without a bag, bags without a label.
     tabular : bool
         Whether the features are hand-made columns of different units, to be standardised before training.
     """
@@ -93,6 +102,7 @@ class BagDataset(Dataset[Bag]):
         group_name: str = "bag",
         layout: str = "memory",
         tabular: bool = False,
+        problems: Sequence[Problem] = (),
     ) -> None:
         if not len(sources) == len(labels) == len(groups):
             raise ValueError(
@@ -104,13 +114,18 @@ class BagDataset(Dataset[Bag]):
         self.sources, self.labels = list(sources), np.asarray(labels, dtype=np.int64)
         self.classes, self.groups = list(classes), list(groups)
         self.name, self.group_name, self.layout, self.tabular = name, group_name, layout, tabular
+        self.problems = list(problems)
         self.ids = [source.id for source in self.sources]
         if len(set(self.ids)) < len(self.ids):
             twice = sorted({i for i in self.ids if self.ids.count(i) > 1})
             raise DataError(f"{name}: two bags have the same name: {', '.join(twice[:5])}")
         self._cache: dict[int, Bag] = {}
         self._cached = 0
-        self.in_dim = self.sources[0].read().features.shape[1]
+
+    @cached_property
+    def in_dim(self) -> int:
+        """Width of the features, as in the first bag."""
+        return self.sources[0].read().features.shape[1]
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -158,37 +173,37 @@ class BagDataset(Dataset[Bag]):
         """Return some of the bags, by position."""
         return BagSubset(self, indices)
 
-    def scan(self, progress: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, str]:
-        """Read every bag once and check its values.
+    def select(self, indices: Sequence[int] | np.ndarray) -> "BagDataset":
+        """Return a data set of some of the bags, by position, with names, groups and classes."""
+        return self._with(
+            [self.sources[i] for i in indices],
+            [int(self.labels[i]) for i in indices],
+            [self.groups[i] for i in indices],
+        )
 
-        Returns
-        -------
-        sizes : (n,) int array
-            Number of instances of each bag.
-        fingerprint : str
-            Changes whenever a feature, a name, a label or a group does.
+    def portable(self, put: Callable[[Any], Callable[[], Any]]) -> "BagDataset":
+        """Return the same bags independent of files on this machine.
 
-        Raises
-        ------
-        DataError
-            If a bag is damaged, empty, of another width, or holds NaN or infinity.
+        Parameters
+        ----------
+        put : callable
+            Takes a bag as stored and returns a function of no arguments that gives it back, anywhere.
         """
-        sizes, crc = np.empty(len(self), dtype=np.int64), 0
-        for index in range(len(self)):
-            raw = self.read(index)
-            if raw.features.dtype.kind == "f" and not np.isfinite(raw.features).all():
-                row, column = np.argwhere(~np.isfinite(raw.features))[0]
-                source = self.sources[index]
-                raise DataError(
-                    f"{source.path}{f', group {source.key!r}' if source.key else ''}: bag {self.ids[index]!r} holds "
-                    f"{raw.features[row, column]} at instance {row}, feature {column}; expected finite numbers"
-                )
-            sizes[index] = len(raw.features)
-            crc = zlib.crc32(np.ascontiguousarray(raw.features), crc)  # type: ignore[arg-type]
-            if progress is not None:
-                progress(index + 1, len(self))
-        table = repr(list(zip(self.ids, self.labels.tolist(), self.groups, sizes.tolist(), strict=True)))
-        return sizes, f"{zlib.crc32(table.encode(), crc):08x}"
+        sources = [replace(source, arrays=put(source.read())) for source in self.sources]
+        return self._with(sources, self.labels.tolist(), self.groups)
+
+    def _with(self, sources: list[Source], labels: list[int], groups: list[str]) -> "BagDataset":
+        return BagDataset(
+            sources,
+            labels,
+            self.classes,
+            groups,
+            name=self.name,
+            group_name=self.group_name,
+            layout=self.layout,
+            tabular=self.tabular,
+            problems=self.problems,
+        )
 
 
 class BagSubset(Dataset[Bag]):
@@ -222,6 +237,8 @@ def open_bags(
     group: str | None = None,
     encoder: str | None = None,
     classes: Sequence[str] | None = None,
+    strict: bool = True,
+    training: bool = True,
 ) -> BagDataset:
     """Open bags in any layout of `classact.data.bag_files`.
 
@@ -240,6 +257,11 @@ def open_bags(
         Which feature extractor's bags to take, where there are several.
     classes : sequence of str, optional
         Order of the classes; of two, the second is the positive one. Default: sorted.
+    strict : bool
+        Raise an error where a bag has no label or a label no bag; else leave them out and list them in `problems`.
+    training : bool
+        If not, the bags are only to be predicted: labels are read from `labels` alone and need not be there, and every
+        bag is a group of its own unless something says otherwise.
 
     Raises
     ------
@@ -258,10 +280,16 @@ def open_bags(
     names = [source.id for source in files.sources]
     if labels is not None:
         table = read_labels(Path(labels), names, id_column, label_column)
-    else:
+    elif training:
         table = _stored_labels(path, files)
-    class_names, codes = _encode(table, names, classes)
-    groups, group_name = _groups(Path(labels) if labels else path, files, table, names, group, id_column)
+    else:
+        table = Labels({}, without_label=tuple(names))
+    problems = _problems(Path(labels) if labels else path, table, names, strict and training)
+    if training:
+        files = replace(files, sources=[source for source in files.sources if source.id in table.of_bag])
+        names = [source.id for source in files.sources]
+    class_names, codes = _encode(table, names, classes, training)
+    groups, group_name = _groups(Path(labels) if labels else path, files, table, names, group, id_column, training)
     return BagDataset(
         files.sources,
         codes,
@@ -271,6 +299,7 @@ def open_bags(
         group_name=group_name,
         layout=files.layout,
         tabular=files.independent,
+        problems=problems,
     )
 
 
@@ -285,7 +314,23 @@ def _stored_labels(path: Path, files: BagFiles) -> Labels:
     return Labels({name: str(label) for name, label in found.items()})
 
 
-def _encode(table: Labels, names: list[str], classes: Sequence[str] | None) -> tuple[list[str], list[int]]:
+def _problems(where: Path, table: Labels, names: list[str], strict: bool) -> list[Problem]:
+    if strict and table.without_label:
+        raise DataError(
+            f"{where}: no label for {len(table.without_label)} of {len(names)} bags: {some(list(table.without_label))}"
+        )
+    if strict and table.without_bag:
+        lost = list(table.without_bag)
+        raise DataError(f"{where}: {len(lost)} rows have no bag: {some(lost)}")
+    return [
+        *(Problem(name, "no label") for name in table.without_label),
+        *(Problem(name, "missing: no bag of that name", label) for name, label in table.without_bag.items()),
+    ]
+
+
+def _encode(
+    table: Labels, names: list[str], classes: Sequence[str] | None, training: bool
+) -> tuple[list[str], list[int]]:
     values = sorted(set(table.of_bag.values()))
     if all(value.lstrip("-").isdigit() for value in values):
         values.sort(key=int)
@@ -293,13 +338,19 @@ def _encode(table: Labels, names: list[str], classes: Sequence[str] | None) -> t
         if unknown := [value for value in values if value not in classes]:
             raise DataError(f"--classes: labels {', '.join(unknown)} are not among {', '.join(classes)}")
         values = list(classes)
-    if len(values) < 2:
+    if training and len(values) < 2:
         raise DataError(f"labels: expected at least two classes, found {', '.join(values)}")
-    return values, [values.index(table.of_bag[name]) for name in names]
+    return values, [values.index(table.of_bag[name]) if name in table.of_bag else -1 for name in names]
 
 
 def _groups(
-    where: Path, files: BagFiles, table: Labels, names: list[str], group: str | None, id_column: str | None
+    where: Path,
+    files: BagFiles,
+    table: Labels,
+    names: list[str],
+    group: str | None,
+    id_column: str | None,
+    training: bool,
 ) -> tuple[list[str], str]:
     if group == "tcga":
         return [name[:12] for name in names], "tcga"
@@ -308,13 +359,13 @@ def _groups(
         group = group or next(c for c, values in table.columns.items() if set(values.values()) != set(names))
     wanted = group or "case_id"
     if wanted in table.columns:
-        members = [table.columns[wanted][name] for name in names]
+        members = [table.columns[wanted].get(name, "" if training else name) for name in names]
         if empty := [name for name, member in zip(names, members, strict=True) if not member]:
             raise DataError(f"{where}: no {wanted!r} for {len(empty)} bags: {', '.join(empty[:5])}")
         return members, wanted
     if group in ("slide_id", "bag"):
         return list(names), "slide_id"
-    if group is None and files.independent:
+    if group is None and (files.independent or not training):
         return list(names), "bag"
     columns = ", ".join(table.columns) or "no columns"
     raise DataError(

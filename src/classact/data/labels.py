@@ -21,6 +21,8 @@ class Labels:
     of_bag: dict[str, str]
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     keyed_by_patient: bool = False
+    without_label: tuple[str, ...] = ()  # bags that no row names
+    without_bag: dict[str, str] = field(default_factory=dict)  # rows that name no bag, and their labels
 
 
 def read_table(path: Path) -> Any:
@@ -56,8 +58,7 @@ def read_labels(path: Path, bags: list[str], id_column: str | None = None, label
     Raises
     ------
     DataError
-        If columns are missing, the table is one of survival times or of several labels, a label has no bag, or a bag
-        no label.
+        If columns are missing, the table is one of survival times or of several labels, or no bag has a label.
     """
     table = read_table(path)
     if table.shape[1] == 2 and not {id_column, label_column} - {None} and _is_headerless(table, bags):
@@ -121,19 +122,24 @@ def _match(path: Path, bags: list[str], rows: dict[str, dict[str, str]], id_colu
             match = next((bag[:i] for i in ends if bag[:i] in rows), None)
             if match is not None:
                 owner[bag] = match
-    without_label = [bag for bag in bags if bag not in owner]
-    without_bag = sorted(set(rows) - set(owner.values()))
-    if without_label:
+    labelled = [bag for bag in bags if bag in owner]
+    without_label = tuple(bag for bag in bags if bag not in owner)
+    if not labelled:
         raise DataError(
-            f"{path}: no label in {label_column!r} for {len(without_label)} of {len(bags)} bags: "
-            f"{_some(without_label)} (names in {id_column!r} look like {_some(list(rows), 2)})"
+            f"{path}: no label in {label_column!r} for any of {len(bags)} bags: {some(list(without_label))} (names in "
+            f"{id_column!r} look like {some(list(rows), 2)})"
         )
-    if without_bag:
-        raise DataError(f"{path}: {len(without_bag)} of {len(rows)} rows have no bag: {_some(without_bag)}")
-    columns = {name: {bag: rows[owner[bag]][name] for bag in bags} for name in next(iter(rows.values()))}
+    used = set(owner.values())
+    columns = {name: {bag: rows[owner[bag]][name] for bag in labelled} for name in next(iter(rows.values()))}
     if by_patient:
         columns[id_column] = dict(owner)
-    return Labels({bag: rows[owner[bag]][label_column] for bag in bags}, columns, by_patient)
+    return Labels(
+        {bag: rows[owner[bag]][label_column] for bag in labelled},
+        columns,
+        by_patient,
+        without_label,
+        {name: row[label_column] for name, row in rows.items() if name not in used},
+    )
 
 
 def _is_headerless(table: Any, bags: list[str]) -> bool:
@@ -153,7 +159,8 @@ def _is_fraction(text: str) -> bool:
     return True
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
+    """Name the first few of many."""
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
@@ -220,9 +227,9 @@ def _read_split(path: Path, bags: list[str]) -> dict[str, list[int]]:
     for part, members in names.items():
         found = [bag_id(str(name).strip()) for name in members]
         if missing := [name for name in found if name not in position]:
-            raise DataError(f"{path}: {len(missing)} names in {part} have no bag: {_some(missing)}")
+            raise DataError(f"{path}: {len(missing)} names in {part} have no bag: {some(missing)}")
         split[part] = [position[name] for name in found]
     twice = [bags[i] for i in set(split["train"]) | set(split["validation"]) if i in set(split["test"])]
     if twice:
-        raise DataError(f"{path}: {len(twice)} bags are in the test part and in another: {_some(sorted(twice))}")
+        raise DataError(f"{path}: {len(twice)} bags are in the test part and in another: {some(sorted(twice))}")
     return split

@@ -2,7 +2,8 @@
 
 The protocol, for every task that classifies items: what belongs to one group (a patient) never straddles training and
 test; inside every training fold a validation part is cut off, grouped and stratified, and early stopping, choice of the
-checkpoint and the decision threshold use nothing else; every method sees the same parts with the same seed.
+checkpoint and of the configuration, temperature and decision threshold use nothing else; every method sees the same
+parts with the same seed.
 """
 
 import hashlib
@@ -10,38 +11,38 @@ import importlib
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from classact.evidence.executors import Job, run_jobs, seconds_of
-from classact.evidence.statistics import (
-    Interval,
-    bootstrap_groups,
-    corrected_interval,
-    detectable_effect,
-    holm,
-)
+from classact.data.bags import Problem
+from classact.evidence.executors import Job, duration, gpus_for, run_jobs, seconds_of
+from classact.evidence.metrics import calibrate, fit_temperature, fit_threshold, ranking_metrics
+from classact.evidence.outcome import Comparison
+from classact.evidence.splits import Split, fingerprint, inner_split, make_splits, take_fraction
 from classact.evidence.store import Store, StudyError, write_atomically
+from classact.evidence.tuning import criterion, describe, draw_configurations, merged, searched
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-INNER_FOLDS = 5  # one fifth of the training groups is the validation part
-METRICS = ("macro_f1", "balanced_accuracy", "accuracy")
+SCORED_REPEATS = 2  # instance scores are kept of so many repeats: one to look at, the next to see whether it agrees
 
 
 class Score(NamedTuple):
-    """What a fitted model says of n items: probabilities (n, C), and a score per instance where items have any."""
+    """What a fitted model says of n items.
+
+    Attributes
+    ----------
+    probabilities : (n, C)
+        Of the classes.
+    instance_scores : dict
+        Scores of the instances of every item, by what they are: ``{"attention": [(K_i,), ...]}``, or (K_i, C) where the
+        method has them for every class. The first kind is the one that is tested as evidence.
+    """
 
     probabilities: np.ndarray
-    instance_scores: list[np.ndarray] | None = None
-    score_kind: str = ""
+    instance_scores: Mapping[str, list[np.ndarray]] = {}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Task:
         As on the command line.
     load : callable
         ``load(data, **options)`` returns a data set with ``ids``, ``labels``, ``classes``, ``groups``, ``group_name``,
-        ``subset(indices)`` and ``scan()``.
+        ``name``, ``layout``, ``in_dim``, ``subset(indices)`` and ``select(indices)``.
+    check : callable
+        ``check(data, workers=...)`` reads every item once and returns ``problems``, ``warnings``, ``lines()``,
+        ``clean()`` (the data set without the bad items), ``sizes`` and ``fingerprint``.
     build : callable
         ``build(name, settings, options)`` returns ``fit(train, validation, *, seed, device) -> model``, or raises
         StudyError for a name or setting that does not fit the task.
@@ -68,26 +72,33 @@ class Task:
         What an item is called, such as ``bag``.
     remark : callable
         ``remark(method, data)`` says what a reader of the table must know of a method on these data; "" if nothing.
+    space : callable
+        ``space(method)`` is the method's search space; see `classact.evidence.tuning.draw_configurations`.
+    budget : callable
+        ``budget(options, n_train)`` returns options that give every configuration of every method as many steps.
+    cost : callable, optional
+        ``cost(method, settings, options, data, sizes)`` measures seconds per fit and megabytes per model.
+    explain : callable, optional
+        ``explain(model, items, score, seed, device)`` tests whether the instance scores are evidence; returns values
+        and arrays.
+    provenance : callable
+        ``provenance(data)`` says how the items were made, for `predict` to compare.
     """
 
     name: str
     load: Callable[..., Any]
+    check: Callable[..., Any]
     build: Callable[..., Callable[..., Any]]
     score: Callable[..., Score]
     controls: tuple[str, ...]
     default_methods: tuple[str, ...]
     unit: str = "item"
     remark: Callable[[str, Any], str] = lambda method, data: ""  # noqa: ARG005
-
-
-class Split(NamedTuple):
-    """Positions of the items of one fold."""
-
-    repeat: int
-    fold: int
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    space: Callable[[str], Mapping[str, Any]] = lambda method: {}  # noqa: ARG005
+    budget: Callable[[Mapping[str, Any], int], Mapping[str, Any]] = lambda options, n_train: {}  # noqa: ARG005
+    cost: Callable[..., tuple[float, float]] | None = None
+    explain: Callable[..., tuple[dict[str, Any], dict[str, np.ndarray]]] | None = None
+    provenance: Callable[[Any], dict[str, Any]] = lambda data: {}  # noqa: ARG005
 
 
 @dataclass(frozen=True)
@@ -95,182 +106,170 @@ class _Shared:
     """What every cell of a comparison needs; sent once to each worker."""
 
     task: Task
-    data: Any
-    settings: Mapping[str, Mapping[str, Any]]
-    options: Mapping[str, Any]
-    device: str
-    seed: int
+    data: Mapping[str, Any]  # by encoder; "" where there is one
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    seed: int = 0
+    target_sensitivity: float | None = None
+    configurations: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    given: bool = False  # splits of the user's
+    provenance: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, arm: str) -> tuple[str, Any]:
+        """Method and data set of an arm: ``abmil``, or ``abmil@encoder``."""
+        method, _, encoder = arm.rpartition("@") if "" not in self.data else (arm, "", "")
+        return method, self.data[encoder]
+
+    def portable(self, put: Callable[[Any], Callable[[], Any]]) -> "_Shared":
+        """Return the same without need of files on this machine, for workers on others."""
+        return replace(self, data={name: data.portable(put) for name, data in self.data.items()})
 
 
-def make_splits(
-    labels: np.ndarray,
-    groups: Sequence[str],
-    folds: int,
-    repeats: int,
-    seed: int,
-    predefined: Sequence[Mapping[str, Sequence[int]]] | None = None,
-) -> list[Split]:
-    """Cut the items into training, validation and test parts.
-
-    Parameters
-    ----------
-    labels, groups : (n,)
-        Class and group of every item.
-    folds, repeats : int
-        Folds of each repeat; test parts of a repeat do not overlap.
-    seed : int
-        Of the shuffling.
-    predefined : sequence, optional
-        Splits given by the user, each a repeat of one fold; a missing validation part is cut from its training part.
-
-    Raises
-    ------
-    StudyError
-        If there are fewer groups than folds, or a group straddles parts of a given split.
-    """
-    group_of = np.asarray(groups)
-    if predefined is not None:
-        splits = []
-        for number, part in enumerate(predefined):
-            train, validation, test = (np.array(part[k], dtype=int) for k in ("train", "validation", "test"))
-            if len(test) == 0 or len(train) == 0:
-                raise StudyError(f"split {number}: expected training and test items, got {len(train)} and {len(test)}")
-            both = set(group_of[test]) & set(group_of[np.concatenate([train, validation])])
-            if both:
-                raise StudyError(
-                    f"split {number}: groups in the test part and in another: {', '.join(sorted(both)[:5])}"
-                )
-            if len(validation) == 0:
-                train, validation = inner_split(labels, group_of, train, seed + number)
-            splits.append(Split(number, 0, train, validation, test))
-        return splits
-    n_groups = len(set(groups))
-    if n_groups < folds:
-        raise StudyError(f"{n_groups} groups cannot be cut into {folds} folds; use --folds {max(2, n_groups)} or fewer")
-    splits = []
-    for repeat in range(repeats):
-        for fold, (outer, test) in enumerate(_cut(labels, group_of, folds, seed * 1000 + repeat)):
-            train, validation = inner_split(labels, group_of, outer, seed * 1000 + repeat)
-            splits.append(Split(repeat, fold, train, validation, test))
-    return splits
+class _Fitted(NamedTuple):
+    model: Any
+    temperature: float
+    values: dict[str, Any]
+    arrays: dict[str, np.ndarray]
 
 
-def inner_split(labels: np.ndarray, groups: np.ndarray, items: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a validation part of about one fifth off `items`, by groups and stratified.
-
-    Of the five candidates the first in which both parts hold every class is taken, if there is one.
-    """
-    n_groups = len(set(groups[items]))
-    if n_groups < 2:
-        raise StudyError("a training part needs at least 2 groups, so that one can be its validation part")
-    cuts = _cut(labels[items], groups[items], min(INNER_FOLDS, n_groups), seed)
-    candidates = [(items[a], items[b]) for a, b in cuts]
-    classes = set(labels[items])
-    complete = [c for c in candidates if set(labels[c[0]]) == classes == set(labels[c[1]])]
-    return (complete or candidates)[0]
-
-
-def _cut(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions of the outer and the held-out part of every fold."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    cutter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # folds that lack a class are counted and reported by the comparison itself
-        warnings.filterwarnings("ignore", message="The least populated class")
-        return list(cutter.split(labels, labels, groups))
-
-
-def fit_threshold(labels: np.ndarray, probability: np.ndarray) -> float:
-    """Threshold on the positive class's probability with the best balanced accuracy; of equals, nearest to 0.5."""
-    values = np.unique(probability)
-    candidates = np.concatenate([[0.5], (values[1:] + values[:-1]) / 2])
-    positive = labels == 1
-    if positive.all() or not positive.any():
-        return 0.5
-    predicted = probability[None] >= candidates[:, None]
-    balanced = (predicted[:, positive].mean(1) + (~predicted[:, ~positive]).mean(1)) / 2
-    best = candidates[balanced >= balanced.max() - 1e-12]
-    return float(best[np.abs(best - 0.5).argmin()])
-
-
-def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Area under the ROC curve, one class against the rest for more than two; NaN where a class is absent."""
-    from sklearn.metrics import roc_auc_score
-
-    if len(np.unique(labels)) < probabilities.shape[1]:
-        return float("nan")
-    if probabilities.shape[1] == 2:
-        return float(roc_auc_score(labels, probabilities[:, 1]))
-    return float(roc_auc_score(labels, probabilities, multi_class="ovr"))
-
-
-def decide(probabilities: np.ndarray, threshold: float | np.ndarray | None) -> np.ndarray:
-    """Predicted classes; of two classes, the second where its probability reaches the threshold."""
-    if probabilities.shape[1] == 2 and threshold is not None:
-        return (probabilities[:, 1] >= threshold).astype(int)
-    return probabilities.argmax(1)
-
-
-def run_cell(shared: _Shared, method: str, split: Split) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Fit one method on one fold and predict its test part. Labels of the test part enter only the returned AUCs."""
-    model, threshold, arrays, values = _fit(shared, method, split)
-    test = shared.data.subset(split.test)
+def run_cell(
+    shared: _Shared, arm: str, split: Split, fraction: float = 1.0
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Fit one method on one fold and predict its test part. Labels of the test part enter only the returned metrics."""
+    data = shared.of(arm)[1]
+    if fraction < 1:
+        split = _smaller(data, split, fraction, shared.seed)
+    model, temperature, values, arrays = _fit(shared, arm, split)
+    test = data.subset(split.test)
     score = shared.task.score(model, test, shared.device)
-    labels = np.asarray(shared.data.labels)[split.test]
     if not np.isfinite(score.probabilities).all():
-        raise StudyError(f"{method}: NaN or infinity among its predictions in repeat {split.repeat}, fold {split.fold}")
-    arrays |= {"test": split.test, "probabilities": score.probabilities}
-    values |= {"auc": _json(auc(labels, score.probabilities)), "threshold": threshold}
-    if score.instance_scores is not None and split.repeat == 0:
-        arrays["instance_scores"] = np.concatenate(score.instance_scores).astype(np.float32)
-        arrays["instance_counts"] = np.array([len(s) for s in score.instance_scores])
-        values["score_kind"] = score.score_kind
-        values["instance_auc"] = _json(_instance_auc(test, score.instance_scores))
+        raise StudyError(f"{arm}: NaN or infinity among its predictions in repeat {split.repeat}, fold {split.fold}")
+    p = calibrate(score.probabilities, temperature)
+    values |= {k: _json(v) for k, v in ranking_metrics(np.asarray(data.labels)[split.test], p).items()}
+    arrays |= {"test": split.test, "probabilities": p}
+    first = split.repeat == 0 or shared.given
+    if fraction == 1 and score.instance_scores and (first or split.repeat < SCORED_REPEATS):
+        kept = score.instance_scores if first else dict([next(iter(score.instance_scores.items()))])
+        values["score_kinds"] = list(kept)
+        arrays |= {f"score:{kind}": np.concatenate(of).astype(np.float32) for kind, of in kept.items()}
+        arrays["instance_counts"] = np.array([len(s) for s in next(iter(kept.values()))])
+        if first:
+            values["instance_auc"] = _json(_instance_auc(test, next(iter(kept.values()))))
+            if shared.task.explain is not None:
+                found, curves = shared.task.explain(model, test, score, _seed(shared, split), shared.device)
+                values |= found
+                arrays |= curves
+    if fraction == 1 and first:
+        described, weights = _weights(shared, arm, split.fold if not shared.given else split.repeat, model, values)
+        values |= described
+        arrays |= weights
     return values, arrays
 
 
-def refit_cell(shared: _Shared, method: str, split: Split) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def refit_cell(shared: _Shared, arm: str, split: Split) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fit one method on all items by the same rule, and return its weights as the bytes of a safetensors file."""
+    fitted = _fit(shared, arm, split)
+    described, weights = _weights(shared, arm, None, fitted.model, fitted.values)
+    return fitted.values | described, {k: v for k, v in fitted.arrays.items() if k.startswith("curve_")} | weights
+
+
+def run_job(shared: _Shared, kind: str, *arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Run a cell or a refit, so that one pool of workers serves both."""
+    return {"cell": run_cell, "refit": refit_cell}[kind](shared, *arguments)
+
+
+def _weights(
+    shared: _Shared, arm: str, fold: int | None, model: Any, values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from torch import nn
 
     from classact.saving import save
 
-    model, threshold, arrays, values = _fit(shared, method, split)
     if not isinstance(model, nn.Module):
-        return values, arrays
+        return {}, {}
+    data = shared.of(arm)[1]
+    metadata = {
+        "task": shared.task.name,
+        "method": arm,
+        "classes": list(data.classes),
+        "threshold": values["threshold"],
+        "temperature": values["temperature"],
+        "target_sensitivity": shared.target_sensitivity,
+        "in_dim": data.in_dim,
+        "provenance": shared.provenance.get(arm.rpartition("@")[2] if "" not in shared.data else "", {}),
+        "trained_on": data.name,
+        "fold": fold,
+        "configuration": values.get("configuration", {}),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        metadata = {
-            "task": shared.task.name,
-            "method": method,
-            "classes": list(shared.data.classes),
-            "threshold": threshold,
-            "trained_on": shared.data.name,
-        }
         file = save(model, Path(folder) / "model", metadata)
-        arrays["safetensors"] = np.frombuffer(file.read_bytes(), dtype=np.uint8)
-        values["description"] = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-    return values, arrays
+        weights = {"safetensors": np.frombuffer(file.read_bytes(), dtype=np.uint8)}
+        return {"description": json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))}, weights
 
 
-def _fit(shared: _Shared, method: str, split: Split) -> tuple[Any, float | None, dict[str, np.ndarray], dict[str, Any]]:
-    fit = shared.task.build(method, shared.settings, shared.options)
-    train, validation = shared.data.subset(split.train), shared.data.subset(split.validation)
-    seed = shared.seed * 100_000 + split.repeat * 100 + split.fold
-    model = fit(train, validation, seed=seed, device=shared.device)
-    seen = shared.task.score(model, validation, shared.device).probabilities
+def _seed(shared: _Shared, split: Split) -> int:
+    return shared.seed * 100_000 + split.repeat * 100 + split.fold
+
+
+def _smaller(data: Any, split: Split, fraction: float, seed: int) -> Split:
+    labels, groups = np.asarray(data.labels), np.asarray(data.groups)
+    train, validation = (
+        take_fraction(labels, groups, part, fraction, seed + split.repeat) for part in (split.train, split.validation)
+    )
+    return split._replace(train=train, validation=validation)
+
+
+def _fit(shared: _Shared, arm: str, split: Split) -> _Fitted:
+    """Fit every configuration of a method, keep the one that is best on the validation part, and calibrate it there."""
+    method, data = shared.of(arm)
+    train, validation = data.subset(split.train), data.subset(split.validation)
+    labels, seed = np.asarray(data.labels)[split.validation], _seed(shared, split)
+    configurations = shared.configurations.get(method, [])
+    options = {**shared.options, **(shared.task.budget(shared.options, len(train)) if configurations else {})}
+    best, steps, tried = None, 0, []
+    for configuration in configurations or [{}]:
+        fit = shared.task.build(method, merged(shared.settings, configuration), options)
+        model = fit(train, validation, seed=seed, device=shared.device)
+        seen = shared.task.score(model, validation, shared.device)
+        steps += getattr(getattr(model, "history", None), "steps", 0)
+        tried.append(criterion(labels, seen.probabilities))
+        if best is None or tried[-1] > best[0]:
+            best = tried[-1], model, seen, configuration
+    assert best is not None
+    _, model, seen, configuration = best
+    finite = np.isfinite(seen.probabilities).all()
+    temperature = fit_temperature(labels, seen.probabilities) if finite else 1.0
     threshold = None
-    if seen.shape[1] == 2:
-        threshold = fit_threshold(np.asarray(shared.data.labels)[split.validation], seen[:, 1])
+    if seen.probabilities.shape[1] == 2:
+        p = calibrate(seen.probabilities, temperature)[:, 1]
+        threshold = fit_threshold(labels, p, shared.target_sensitivity) if finite else 0.5
+    values: dict[str, Any] = {
+        "n_train": len(split.train),
+        "n_validation": len(split.validation),
+        "temperature": temperature,
+        "threshold": threshold,
+        "steps": steps,
+    }
     arrays: dict[str, np.ndarray] = {}
-    values: dict[str, Any] = {"n_train": len(split.train), "n_validation": len(split.validation)}
+    if configurations:
+        values |= {
+            "configuration": configuration,
+            "chosen": configurations.index(configuration),
+            "validation_auc": [_json(area) for area, _ in tried],
+        }
     if hasattr(model, "parameters"):
         values["parameters"] = sum(p.numel() for p in model.parameters())
     history = getattr(model, "history", None)
     if history is not None:
         arrays |= {f"curve_{name}": np.array(curve) for name, curve in history.curves.items()}
         values |= {"best_epoch": history.best_epoch, "epochs": history.epochs}
-    return model, threshold, arrays, values
+    if seen.instance_scores and split.repeat == 0 and not shared.given:
+        scores = next(iter(seen.instance_scores.values()))
+        arrays["validation"] = split.validation
+        arrays["validation_scores"] = np.concatenate(scores).astype(np.float32)
+        arrays["validation_counts"] = np.array([len(s) for s in scores])
+    return _Fitted(model, temperature, values, arrays)
 
 
 def _instance_auc(items: Any, scores: list[np.ndarray]) -> float:
@@ -301,90 +300,242 @@ def compare_methods(
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     options: Mapping[str, Any] | None = None,
+    tune: int | None = None,
+    fractions: Sequence[float] | None = None,
+    target_sensitivity: float | None = None,
+    exclude_bad: bool = False,
     device: str = "cpu",
     workers: int = 1,
-    splits: Sequence[Mapping[str, Sequence[int]]] | None = None,
+    share_gpu: bool = False,
+    ray: str | None = None,
+    splits: Callable[[list[str]], Sequence[Mapping[str, Sequence[int]]]] | None = None,
     overwrite: bool = False,
     command: str = "",
     quiet: bool = False,
-) -> "Comparison":
-    """Compare methods on one data set; see `classact.compare` for the arguments.
+) -> Comparison:
+    """Compare methods on one data set, or on one for each encoder; see `classact.compare` for the arguments.
+
+    Parameters
+    ----------
+    data : data set or mapping
+        ``{"uni": data set, "conch": data set}`` crosses encoders with methods, on the items that all of them have.
+    splits : callable, optional
+        Given the names of the items, returns the splits to use.
 
     Raises
     ------
     StudyError
         If a method is unknown, there are too few groups, `out` holds another study, or a cell fails.
+    DataError
+        If items cannot be used and `exclude_bad` is not set.
     """
     from classact.catalogue.codehash import code_hash
     from classact.evidence.report import write_report
 
     settings, options = dict(settings or {}), dict(options or {})
     chosen = list(dict.fromkeys([*methods, *task.controls]))
-    if folds < 2 or repeats < 1:
-        raise StudyError(f"expected at least 2 folds and 1 repeat, got {folds} and {repeats}")
+    _check_arguments(folds, repeats, tune, fractions, target_sensitivity)
     for name in chosen:
         task.build(name, settings, options)  # raises early for unknown names and settings
-    if reference is not None and reference not in chosen:
-        raise StudyError(f"--reference {reference}: not among the methods {', '.join(chosen)}")
+    gpus: list[str] | None = [] if device == "cuda" and not share_gpu else None  # a cluster hands them out itself
+    if ray is None:
+        gpus = gpus_for(device, workers, share_gpu)
+    data, excluded, sizes, fingerprints = _usable(task, data, workers, exclude_bad, quiet)
+    one = next(iter(data.values()))
+    if target_sensitivity is not None and len(one.classes) != 2:
+        raise StudyError(f"--target-sensitivity: expected two classes, there are {', '.join(one.classes)}")
+    arms = chosen if "" in data else [f"{name}@{encoder}" for encoder in data for name in chosen]
+    if reference is not None and reference not in (*arms, *chosen):
+        raise StudyError(f"--reference {reference}: not among the methods {', '.join(arms)}")
     reference = reference or ("abmil" if "abmil" in chosen else chosen[0])
-    labels = np.asarray(data.labels)
-    cuts = make_splits(labels, data.groups, folds, repeats, seed, splits)
-    sizes, fingerprint = data.scan()
-    definition = {
+    reference = reference if reference in arms else f"{reference}@{next(iter(data))}"
+    labels = np.asarray(one.labels)
+    given = None
+    if splits is not None:  # they may name items that were left out
+        named = splits([*one.ids, *dict.fromkeys(e.item for e in excluded if e.item not in set(one.ids))])
+        given = [{part: [i for i in of if i < len(one.ids)] for part, of in split.items()} for split in named]
+    cuts = make_splits(labels, one.groups, folds, repeats, seed, given)
+    configurations = {}
+    if tune is not None:
+        configurations = {m: draw_configurations(task.space(m), tune, seed, settings, options) for m in chosen}
+    definition: dict[str, Any] = {
         "task": task.name,
-        "data": {"name": data.name, "items": len(data.ids), "fingerprint": fingerprint, "groups": data.group_name},
-        "methods": chosen,
+        "data": {"name": one.name, "items": len(one.ids), "fingerprint": fingerprints, "groups": one.group_name},
+        "methods": arms,
         "settings": settings,
         "options": options,
         "folds": folds if splits is None else "given",
         "repeats": len(cuts) if splits is not None else repeats,
-        "splits": _fingerprint(cuts),
+        "splits": fingerprint(cuts),
         "seed": seed,
         "device": device,
+        "tune": configurations,
+        "spaces": {m: describe(searched(task.space(m), settings, options)) for m in configurations},
+        "fractions": sorted(set(fractions or [1.0])),
+        "target_sensitivity": target_sensitivity,
         "own code": _own_code(chosen),
         "code": code_hash(f"classact.tasks.{task.name.replace('-', '_')}")
         if task.build.__module__.startswith("classact.")
         else "",
     }
-    shared = _Shared(task, data, settings, options, device, seed)
-    everything = np.arange(len(labels))
-    whole = Split(0, 99, *inner_split(labels, np.asarray(data.groups), everything, seed), np.array([], dtype=int))
+    shared = _Shared(
+        task,
+        data,
+        settings,
+        options,
+        device,
+        seed,
+        target_sensitivity,
+        configurations,
+        splits is not None,
+        {name: task.provenance(of) for name, of in data.items()},
+    )
+    whole = Split(0, 99, *inner_split(labels, np.asarray(one.groups), np.arange(len(labels)), seed), np.array([], int))
     # cheap methods first, fold by fold, so that the time left is known early
-    jobs = {m: [Job(f"{m}.r{s.repeat}.f{s.fold}", (m, s)) for s in cuts] for m in chosen}
-    refits = [Job(f"{m}.refit", (m, whole)) for m in chosen]
+    jobs = {m: [Job(f"{m}.r{s.repeat}.f{s.fold}", ("cell", m, s)) for s in cuts] for m in arms}
+    parts = [f for f in definition["fractions"] if f < 1]
+    smaller = {
+        (m, f): [Job(f"{m}.r{s.repeat}.f{s.fold}.q{f:g}", ("cell", m, s, f)) for s in cuts] for m in arms for f in parts
+    }
+    refits = [Job(f"{m}.refit", ("refit", m, whole)) for m in arms]
+    if not quiet and not (Path(out) / "study.json").exists():
+        plan = {"folds": folds, "repeats": repeats, "tune": tune or 1}
+        _say(predicted_costs(task, one, sizes, chosen, settings, options, **plan))
+    run: dict[str, Any] = {"workers": workers, "quiet": quiet, "gpus": gpus, "ray": ray}
     with Store(out, definition, overwrite) as store:
-        ordered = [jobs[m][i] for i in range(len(cuts)) for m in chosen]
-        title = f"{task.name} on {data.name}"
-        cells = run_jobs(run_cell, shared, ordered, store, workers, title, quiet)
-        models = run_jobs(refit_cell, shared, refits, store, workers, f"{title}, refit on everything", quiet)
+        title = f"{task.name} on {one.name}"
+        ordered = [of[i] for i in range(len(cuts)) for of in (*jobs.values(), *smaller.values())]
+        cells = run_jobs(run_job, shared, [*ordered, *refits], store, title=title, **run)
         comparison = Comparison(
             task=task,
             definition=definition,
-            methods=chosen,
+            methods=arms,
+            encoders=[name for name in data if name],
             reference=reference,
             cuts=cuts,
             labels=labels,
-            groups=list(data.groups),
-            ids=list(data.ids),
-            classes=list(data.classes),
+            groups=list(one.groups),
+            ids=list(one.ids),
+            classes=list(one.classes),
             sizes=sizes,
-            cells={m: [cells[job.key] for job in jobs[m]] for m in chosen},
-            arrays={m: [store.arrays(job.key) for job in jobs[m]] for m in chosen},
-            seconds={m: seconds_of(store, jobs[m]) / len(cuts) for m in chosen},
-            remarks={m: task.remark(m, data) for m in chosen},
+            excluded=excluded,
+            cells={m: [cells[job.key] for job in jobs[m]] for m in arms},
+            arrays={m: [store.arrays(job.key, skip=("safetensors",)) for job in jobs[m]] for m in arms},
+            parts={key: [cells[job.key] for job in of] for key, of in smaller.items()},
+            seconds={m: seconds_of(store, jobs[m]) / len(cuts) for m in arms},
+            remarks={m: task.remark(*shared.of(m)) for m in arms},
             command=command,
             folder=Path(out),
         )
         write_report(comparison, data)
-        for job in refits:
-            if "description" in models[job.key]:
-                folder = Path(out) / "models"
-                folder.mkdir(exist_ok=True)
-                file = folder / f"{job.arguments[0].replace(':', '_').replace('/', '_')}.safetensors"
-                write_atomically(file, store.arrays(job.key)["safetensors"].tobytes())
-                text = json.dumps(models[job.key]["description"], indent=1) + "\n"
-                write_atomically(file.with_suffix(".json"), text.encode())
+        internal = {row.method: row.estimates() for row in comparison.rows}
+        written = {}
+        for arm, job in zip(arms, refits, strict=True):
+            if "description" in cells[job.key]:
+                name = written[arm] = arm.replace(":", "_").replace("/", "_")
+                _write_model(Path(out) / "models" / name, store, job.key, cells[job.key], internal[arm])
+                kept = [(job, cell) for job in jobs[arm] if "description" in (cell := cells[job.key])]
+                for number, (job, cell) in enumerate(kept):
+                    _write_model(
+                        Path(out) / "models" / f"{name}.folds" / f"{number}", store, job.key, cell, internal[arm]
+                    )
+        if written:
+            best = comparison.versus_best[0]
+            index = {"best": best if best in written else next(iter(written)), "methods": written}
+            write_atomically(Path(out) / "models" / "index.json", (json.dumps(index, indent=1) + "\n").encode())
     return comparison
+
+
+def _check_arguments(
+    folds: int, repeats: int, tune: int | None, fractions: Sequence[float] | None, target_sensitivity: float | None
+) -> None:
+    if folds < 2 or repeats < 1:
+        raise StudyError(f"expected at least 2 folds and 1 repeat, got {folds} and {repeats}")
+    if tune is not None and tune < 1:
+        raise StudyError(f"--tune: expected at least 1 configuration, got {tune}")
+    if fractions is not None and (not fractions or not all(0 < f <= 1 for f in fractions) or 1 not in fractions):
+        raise StudyError(f"--fractions: expected parts in (0, 1], 1 among them, got {', '.join(map(str, fractions))}")
+    if target_sensitivity is not None and not 0 < target_sensitivity <= 1:
+        raise StudyError(f"--target-sensitivity: expected a number in (0, 1], got {target_sensitivity}")
+
+
+def _usable(
+    task: Task, data: Any, workers: int, exclude_bad: bool, quiet: bool
+) -> tuple[dict[str, Any], list[Problem], np.ndarray, Any]:
+    """Check every item of every encoder, and keep the items that all encoders have."""
+    from classact.data.check import raise_problems
+
+    several = isinstance(data, Mapping)
+    found = data if several else {"": data}
+    checks = {}
+    for name, of in found.items():
+        checks[name] = check = task.check(of, workers=workers)
+        if not quiet:
+            _say([f"{name}:" if name else "", *check.lines()])
+        if check.problems and not exclude_bad:
+            raise_problems(check.problems, task.unit)
+    excluded = [
+        Problem(p.item, f"{name}: {p.reason}" if name else p.reason, p.label)
+        for name, check in checks.items()
+        for p in check.problems
+    ]
+    clean = {name: check.clean() if check.problems else found[name] for name, check in checks.items()}
+    if not several:
+        return clean, excluded, checks[""].sizes, checks[""].fingerprint
+    ids = [name for name in next(iter(clean.values())).ids if all(name in of.ids for of in clean.values())]
+    known = {e.item for e in excluded}
+    for of in clean.values():
+        for item, label in zip(of.ids, of.labels, strict=True):
+            if item not in ids and item not in known:
+                known.add(item)
+                excluded.append(Problem(item, "not there for every encoder", of.classes[label]))
+    if not ids:
+        raise StudyError(f"the encoders {', '.join(clean)} have no {task.unit} in common")
+    kept = {name: of.select([of.ids.index(item) for item in ids]) for name, of in clean.items()}
+    first = next(iter(kept))
+    for name, of in kept.items():
+        if list(of.labels) != list(kept[first].labels) or list(of.groups) != list(kept[first].groups):
+            raise StudyError(f"labels or groups of encoder {name} differ from those of {first}")
+    check = checks[first]
+    at = dict(zip(clean[first].ids, check.sizes, strict=True))
+    return kept, excluded, np.array([at[item] for item in ids]), {n: c.fingerprint for n, c in checks.items()}
+
+
+def predicted_costs(
+    task: Task,
+    data: Any,
+    sizes: np.ndarray,
+    methods: Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    folds: int,
+    repeats: int,
+    tune: int = 1,
+) -> list[str]:
+    """Say how long every method will take with one worker, and how much disk space; measured, not looked up."""
+    if task.cost is None:
+        return []
+    lines = ["", "predicted, with one worker and no early stopping:"]
+    for method in methods:
+        seconds, megabytes = task.cost(method, settings, options, data, sizes)
+        # every fold trains on its outer part less the validation part; the last fit is that on everything
+        total = seconds * 0.8 * tune * ((1 - 1 / folds) * folds * repeats + 1)
+        lines.append(f"  {method}: {duration(total)}, {megabytes * (2 * folds + 2):,.0f} MB on disk")
+    return lines
+
+
+def _say(lines: Sequence[str]) -> None:
+    import sys
+
+    print("\n".join(line for line in lines if line), file=sys.stderr, flush=True)
+
+
+def _write_model(path: Path, store: Store, key: str, cell: Mapping[str, Any], internal: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path.with_name(path.name + ".safetensors"), store.arrays(key)["safetensors"].tobytes())
+    description = {**cell["description"], "metadata": {**cell["description"]["metadata"], "internal": internal}}
+    write_atomically(path.with_name(path.name + ".json"), (json.dumps(description, indent=1) + "\n").encode())
 
 
 def _own_code(methods: Sequence[str]) -> dict[str, str]:
@@ -395,292 +546,3 @@ def _own_code(methods: Sequence[str]) -> dict[str, str]:
             file = getattr(importlib.import_module(module), "__file__", None)
             found[module] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if file else ""
     return found
-
-
-def _fingerprint(cuts: list[Split]) -> str:
-    import zlib
-
-    return f"{zlib.crc32(repr([tuple(np.asarray(p).tolist() for p in cut) for cut in cuts]).encode()):08x}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method in the table."""
-
-    method: str
-    remark: str
-    control: bool
-    auc: Interval
-    missing: int
-    difference: Interval | None
-    p: float
-    p_adjusted: float
-    metrics: dict[str, Interval]
-    metric_differences: dict[str, Interval]
-    group_auc: Interval | None
-    group_metrics: dict[str, Interval]
-    instance_auc: float | None
-    parameters: int | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The outcome of a comparison: `.table`, `.summary`, and the report in `.folder`."""
-
-    task: Task
-    definition: dict[str, Any]
-    methods: list[str]
-    reference: str
-    cuts: list[Split]
-    labels: np.ndarray
-    groups: list[str]
-    ids: list[str]
-    classes: list[str]
-    sizes: np.ndarray
-    cells: dict[str, list[dict[str, Any]]]
-    arrays: dict[str, list[dict[str, np.ndarray]]]
-    seconds: dict[str, float]
-    remarks: dict[str, str]
-    command: str
-    folder: Path
-
-    @property
-    def ratio(self) -> float:
-        """Mean size of a test part divided by that of what was trained on, validation part included."""
-        return float(np.mean([len(c.test) / (len(c.train) + len(c.validation)) for c in self.cuts]))
-
-    @property
-    def by_group(self) -> bool:
-        """Whether a group holds more than one item."""
-        return len(set(self.groups)) < len(self.ids)
-
-    def aucs(self, method: str) -> np.ndarray:
-        """AUC of every fold; NaN where its test part lacks a class."""
-        return np.array([np.nan if c["auc"] is None else c["auc"] for c in self.cells[method]])
-
-    def predictions(self, method: str) -> "pd.DataFrame":
-        """Out-of-fold predictions, one row per item and repeat."""
-        import pandas as pd
-
-        parts = []
-        for cut, cell, arrays in zip(self.cuts, self.cells[method], self.arrays[method], strict=True):
-            p = arrays["probabilities"]
-            part = pd.DataFrame({"id": [self.ids[i] for i in cut.test], "group": [self.groups[i] for i in cut.test]})
-            part["repeat"], part["fold"] = cut.repeat, cut.fold
-            part["label"] = [self.classes[k] for k in self.labels[cut.test]]
-            part["predicted"] = [self.classes[k] for k in decide(p, cell["threshold"])]
-            part["threshold"] = cell["threshold"]
-            for k, name in enumerate(self.classes):
-                part[f"p({name})"] = p[:, k]
-            parts.append(part)
-        return pd.concat(parts, ignore_index=True)
-
-    @cached_property
-    def _group_index(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(dict.fromkeys(self.groups))}
-
-    def _item_counts(self, method: str) -> np.ndarray:
-        """Confusion matrices (groups, repeats, C, C) of the pooled predictions, by group and repeat."""
-        size = len(self.classes)
-        counts = np.zeros((len(self._group_index), 1 + max(c.repeat for c in self.cuts), size, size))
-        for cut, cell, arrays in zip(self.cuts, self.cells[method], self.arrays[method], strict=True):
-            predicted = decide(arrays["probabilities"], cell["threshold"])
-            members = [self._group_index[self.groups[i]] for i in cut.test]
-            np.add.at(counts[:, cut.repeat], (np.array(members), self.labels[cut.test], predicted), 1)
-        return counts
-
-    def _group_scores(self, method: str) -> tuple[np.ndarray, np.ndarray]:
-        """AUC per fold, and confusion matrices, where each group is one item with its mean probability.
-
-        Groups whose items have different classes are left out.
-        """
-        size = len(self.classes)
-        counts = np.zeros((len(self._group_index), 1 + max(c.repeat for c in self.cuts), size, size))
-        aucs = []
-        for cut, cell, arrays in zip(self.cuts, self.cells[method], self.arrays[method], strict=True):
-            member = np.array([self._group_index[self.groups[i]] for i in cut.test])
-            label = self.labels[cut.test]
-            groups = [g for g in np.unique(member) if len(set(label[member == g])) == 1]
-            if not groups:
-                aucs.append(np.nan)
-                continue
-            p = np.stack([arrays["probabilities"][member == g].mean(0) for g in groups])
-            y = np.array([label[member == g][0] for g in groups])
-            aucs.append(auc(y, p))
-            np.add.at(counts[:, cut.repeat], (groups, y, decide(p, cell["threshold"])), 1)
-        return np.array(aucs), counts
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """One row per method, as in the table."""
-        reference_aucs = self.aucs(self.reference)
-        reference_counts = self._item_counts(self.reference)
-        differences = {
-            m: None if m == self.reference else corrected_interval(self.aucs(m) - reference_aucs, self.ratio)
-            for m in self.methods
-        }
-        p = [d.p_value() if d is not None else float("nan") for d in differences.values()]
-        rows = []
-        for m, raw, adjusted in zip(self.methods, p, holm(p), strict=True):
-            aucs, counts = self.aucs(m), self._item_counts(m)
-            paired = np.stack([counts, reference_counts], axis=1)
-            group_auc, group_metrics = None, {}
-            if self.by_group:
-                by_group, group_counts = self._group_scores(m)
-                group_auc = _within_unit(corrected_interval(by_group, self.ratio))
-                group_metrics = {k: bootstrap_groups(group_counts, _metric(k)) for k in METRICS}
-            instance = [c["instance_auc"] for c in self.cells[m] if c.get("instance_auc") is not None]
-            rows.append(
-                Row(
-                    method=m,
-                    remark=self.remarks[m],
-                    control=m in self.task.controls,
-                    auc=_within_unit(corrected_interval(aucs, self.ratio)),
-                    missing=int(np.isnan(aucs).sum()),
-                    difference=differences[m],
-                    p=raw,
-                    p_adjusted=adjusted,
-                    metrics={k: bootstrap_groups(counts, _metric(k)) for k in METRICS},
-                    metric_differences={} if m == self.reference else {
-                        k: bootstrap_groups(paired, _metric_difference(k)) for k in METRICS
-                    },
-                    group_auc=group_auc,
-                    group_metrics=group_metrics,
-                    instance_auc=float(np.mean(instance)) if instance else None,
-                    parameters=self.cells[m][0].get("parameters"),
-                )
-            )  # fmt: skip
-        return rows
-
-    @property
-    def candidates(self) -> list[str]:
-        """The methods that are not controls; the controls where nothing else was compared."""
-        return [m for m in self.methods if m not in self.task.controls] or self.methods
-
-    @cached_property
-    def versus_best(self) -> tuple[str, dict[str, tuple[Interval, float]]]:
-        """The method with the highest mean AUC, and every other's difference to it with its Holm-adjusted p."""
-        best = max(self.candidates, key=lambda m: np.nanmean(self.aucs(m)))
-        gaps = {m: corrected_interval(self.aucs(m) - self.aucs(best), self.ratio) for m in self.candidates if m != best}
-        adjusted = holm([gap.p_value() for gap in gaps.values()])
-        return best, {m: (gap, p) for (m, gap), p in zip(gaps.items(), adjusted, strict=True)}
-
-    @cached_property
-    def versus_controls(self) -> dict[str, float]:
-        """For every method, the p value of "it beats every control": the largest of all, Holm-adjusted over methods."""
-        largest = []
-        for m in self.candidates:
-            gaps = [corrected_interval(self.aucs(m) - self.aucs(c), self.ratio) for c in self.task.controls]
-            largest.append(max((gap.p_value() if gap.effect > 0 else 1.0 for gap in gaps), default=float("nan")))
-        return dict(zip(self.candidates, holm(largest), strict=True))
-
-    @cached_property
-    def summary(self) -> list[str]:
-        """What the study says, in sentences; the most important first."""
-        best, gaps = self.versus_best
-        effect = {row.method: row.auc.effect for row in self.rows}
-        lines = []
-        if best not in self.task.controls and self.task.controls:
-            winners = [m for m, p in self.versus_controls.items() if p < 0.05]
-            if winners:
-                lines.append(f"Better than every control: {', '.join(sorted(winners, key=lambda m: -effect[m]))}.")
-            else:
-                strongest = max(self.task.controls, key=lambda m: effect[m])
-                gap = corrected_interval(self.aucs(best) - self.aucs(strongest), self.ratio)
-                lines.append(
-                    f"No method beats the controls beyond doubt: {strongest} reaches AUC {effect[strongest]:.3f}, "
-                    f"{best} {effect[best]:.3f} (difference {gap.effect:+.3f}, 95 % interval {gap.low:+.3f} to "
-                    f"{gap.high:+.3f}, before the adjustment for several methods)."
-                )
-        same = [m for m, (_, p) in gaps.items() if not p < 0.05]
-        if same:
-            lines.append(
-                f"Not distinguishable from the best ({best}, AUC {effect[best]:.3f}): "
-                f"{', '.join(f'{m} ({effect[m]:.3f})' for m in sorted(same, key=lambda m: -effect[m]))}."
-            )
-        elif gaps:
-            lines.append(f"{best} (AUC {effect[best]:.3f}) differs from every other method.")
-        smallest = [detectable_effect(gap) for gap, _ in gaps.values()]
-        smallest = [value for value in smallest if np.isfinite(value)]
-        if smallest:
-            lines.append(
-                f"Differences in AUC below about {np.median(smallest):.3f} would most likely have been missed "
-                "(80 % power, before the adjustment for several comparisons)."
-            )
-        if missing := max(row.missing for row in self.rows):
-            lines.append(f"{missing} of {len(self.cuts)} test parts lack a class and give no AUC.")
-        if self.by_group:
-            label_sets: dict[str, set[int]] = {}
-            for group, label in zip(self.groups, self.labels, strict=True):
-                label_sets.setdefault(group, set()).add(int(label))
-            mixed = sum(len(labels) > 1 for labels in label_sets.values())
-            if mixed:
-                lines.append(
-                    f"{mixed} groups hold {self.task.unit}s of different classes; group figures leave them out."
-                )
-        changed = [f"{m}.{k} = {v}" for m, own in self.definition["settings"].items() for k, v in own.items()]
-        changed += [f"{k} = {v} for all" for k, v in self.definition["options"].items()]
-        lines.append(f"Untuned: paper defaults{', but ' + ', '.join(changed) if changed else ''}.")
-        return lines
-
-    @property
-    def table(self) -> "pd.DataFrame":
-        """One row per method: AUC, difference to the reference, pooled metrics, each with its 95 % interval."""
-        import pandas as pd
-
-        records = []
-        for row in self.rows:
-            record: dict[str, Any] = {"method": row.method, "control": row.control}
-            pairs: list[tuple[str, Interval | None]] = [("auc", row.auc), ("auc_difference", row.difference)]
-            pairs += list(row.metrics.items())
-            pairs += [(f"{k}_difference", row.metric_differences.get(k)) for k in METRICS]
-            if self.by_group:
-                pairs += [("group_auc", row.group_auc), *((f"group_{k}", v) for k, v in row.group_metrics.items())]
-            for name, interval in pairs:
-                record[name] = interval.effect if interval else np.nan
-                record[f"{name}_low"] = interval.low if interval else np.nan
-                record[f"{name}_high"] = interval.high if interval else np.nan
-            record |= {"p": row.p, "p_holm": row.p_adjusted, "folds_without_auc": row.missing}
-            if row.instance_auc is not None:
-                record["instance_auc"] = row.instance_auc
-            record |= {"parameters": row.parameters, "remark": row.remark}
-            records.append(record)
-        return pd.DataFrame(records).set_index("method")
-
-    def save(self, path: str | Path) -> None:
-        """Write the table as .csv, .tex or .html, by suffix."""
-        path = Path(path)
-        writers = {".csv": self.table.to_csv, ".tex": self.table.to_latex, ".html": self.table.to_html}
-        if path.suffix not in writers:
-            raise ValueError(f"{path}: expected one of {', '.join(writers)}")
-        writers[path.suffix](path)
-
-
-def _within_unit(interval: Interval) -> Interval:
-    """Cut the ends of an interval of a share to [0, 1]."""
-    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
-
-
-def _metric(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Metric of confusion matrices (B, repeats, C, C), averaged over the repeats."""
-
-    def of(counts: np.ndarray) -> np.ndarray:
-        right = np.diagonal(counts, axis1=-2, axis2=-1)
-        actual, predicted = counts.sum(-1), counts.sum(-2)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            if name == "accuracy":
-                per_repeat = right.sum(-1) / actual.sum(-1)
-            elif name == "balanced_accuracy":
-                per_repeat = np.nanmean(np.where(actual > 0, right / actual, np.nan), axis=-1)
-            else:
-                per_repeat = np.nanmean(
-                    np.where(actual + predicted > 0, 2 * right / (actual + predicted), np.nan), axis=-1
-                )
-        return per_repeat.mean(-1)
-
-    return of
-
-
-def _metric_difference(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    metric = _metric(name)
-    return lambda counts: metric(counts[:, 0]) - metric(counts[:, 1])

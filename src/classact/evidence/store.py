@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -160,13 +160,13 @@ class Store:
             return None
         return content
 
-    def arrays(self, key: str) -> dict[str, np.ndarray]:
-        """Return the arrays of a finished cell."""
+    def arrays(self, key: str, skip: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Return the arrays of a finished cell, without those named in `skip`."""
         path = self._path(key, ".npz")
         if not path.exists():
             return {}
         with np.load(path, allow_pickle=False) as content:
-            return dict(content)
+            return {name: content[name] for name in content.files if name not in skip}
 
     def _path(self, key: str, suffix: str) -> Path:
         return self.folder / "cells" / (key.replace("/", "_").replace(":", "_") + suffix)

@@ -12,6 +12,7 @@ student pools from the masked bag to what the teacher pools from the whole one. 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -405,7 +406,7 @@ def fit_mhim(
     Returns
     -------
     FittedBags
-        The student and the history of its stage.
+        The student and the history of its stage; its `steps` are those of both stages.
     """
     if student_init not in ("none", "embed", "all"):
         raise ValueError(f"student_init: expected 'none', 'embed' or 'all', got {student_init!r}")
@@ -417,6 +418,7 @@ def fit_mhim(
         "monitor": monitor,
         "sampler": sampler,
     }
+    taken = 0
     if baseline is None:
         if epochs < 2:
             raise ValueError(f"epochs: expected at least 2, one for each stage, got {epochs}")
@@ -424,7 +426,8 @@ def fit_mhim(
         first = epochs // 2
         epochs -= first
         plain = {**shared, "lr": lr, "weight_decay": weight_decay, "epochs": first}
-        baseline = fit_bags(factory(), loss, train, validation, **plain).model
+        fitted = fit_bags(factory(), loss, train, validation, **plain)
+        baseline, taken = fitted.model, fitted.history.steps
     torch.manual_seed(seed + 1)
     student = factory()
     weights = baseline.state_dict()
@@ -435,7 +438,8 @@ def fit_mhim(
     if student_init != "none":
         student.load_state_dict(weights, strict=student_init == "all")
     module = MHIM(student, loss, baseline, lr=lr, weight_decay=weight_decay, **mining)
-    return fit_module(module, train, validation, epochs=epochs, **shared)
+    fitted = fit_module(module, train, validation, epochs=epochs, **shared)
+    return replace(fitted, history=replace(fitted.history, steps=taken + fitted.history.steps))
 
 
 def load_mhim_v1_checkpoint(path: str | Path) -> ABMIL:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import Sampler
@@ -35,7 +36,7 @@ class BalancedBagSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        labels: Sequence[int] | Tensor,
+        labels: Sequence[int] | np.ndarray | Tensor,
         batch_size: int,
         generator: Generator | None = None,
         ensure_pairs: bool = False,

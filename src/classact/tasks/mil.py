@@ -8,15 +8,21 @@ goes into `TERMS` or
 import difflib
 import importlib
 import inspect
+import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.stats import loguniform
 from torch import nn
 
-from classact.data.bags import BagSubset, open_bags
+from classact.data.bag_files import RawBag, Source
+from classact.data.bags import BagDataset, BagSubset, open_bags
+from classact.data.check import check_bags
+from classact.data.provenance import provenance, summarise
 from classact.evidence.comparison import Score, Task
 from classact.evidence.store import StudyError
 from classact.mil.acmil import ACMIL, ACMILLoss
@@ -25,7 +31,8 @@ from classact.mil.attention import ABMIL, MultiHeadABMIL
 from classact.mil.clam import CLAMSB, CLAMLoss
 from classact.mil.dsmil import DSMIL, DSMILLoss
 from classact.mil.imbalance import FocalLoss, LDAMLoss, LogitAdjustment
-from classact.mil.lit import fit_bags, predict_bags
+from classact.mil.lit import fit_bags
+from classact.mil.location import ATTENTION, deletion_insertion, locate
 from classact.mil.mambamil import MambaMIL
 from classact.mil.mhim import MHIM, fit_mhim
 from classact.mil.model import BagCrossEntropy, MILLoss, Standardized
@@ -35,6 +42,7 @@ from classact.mil.transmil import TransMIL
 
 TRAINING = {"epochs", "lr", "weight_decay", "batch_size", "patience", "sampler"}
 EVERYWHERE = TRAINING | {"keep", "class_weight", "standardize"}
+EPOCHS = 50
 
 
 def fit_plain(
@@ -50,7 +58,8 @@ def fit_plain(
     mhim: Mapping[str, Any] | None = None,
     class_weight: str | None = None,
     standardize: bool | None = None,
-    epochs: int = 50,
+    epochs: int = EPOCHS,
+    steps: int | None = None,
     patience: int | None = 20,
     keep: Literal["best", "last"] = "best",
     **settings: Any,
@@ -72,6 +81,8 @@ def fit_plain(
     standardize : bool, optional
         Scale features by the mean and deviation over the training bags' instances. Default: only for tables of
         hand-made features.
+    steps : int, optional
+        Train for so many optimiser steps in place of `epochs`, to within half an epoch, without stopping early.
     keep : {"best", "last"}
         Weights of the epoch with the lowest validation cross-entropy, or those of the last; then nothing stops early.
     **settings
@@ -99,6 +110,10 @@ def fit_plain(
 
     if scaled:
         scaling = Standardized.from_bags(_Any(train.in_dim), train)
+    if steps is not None:
+        per_epoch = math.ceil(len(train) / of_training.get("batch_size", 1))
+        epochs, patience = max(1 if mhim is None else 2, round(steps / per_epoch)), None
+        of_training = {k: v for k, v in of_training.items() if k not in ("epochs", "patience")}
     shared: dict[str, Any] = {"seed": seed, "device": device, "epochs": epochs, "patience": patience, **of_training}
     watched = validation if keep == "best" else None
     if mhim is None:
@@ -117,9 +132,13 @@ def fit_logistic(
     seed: int,
     device: str = "cpu",  # noqa: ARG001 - fitted by scikit-learn
     class_weight: str | None = None,
+    C: float | None = None,
     **_options: Any,
 ) -> nn.Module:
-    """Fit logistic regression on a summary of each bag; its strength of regularisation is chosen on validation."""
+    """Fit logistic regression on a summary of each bag.
+
+    Its regularisation `C` is chosen on validation from six values where none is given.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.pipeline import make_pipeline
@@ -137,7 +156,7 @@ def fit_logistic(
             for part in (train, validation)
         )
         best, lowest = None, np.inf
-        for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0):
+        for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) if C is None else (C,):
             logistic = LogisticRegression(C=c, max_iter=2000, class_weight=class_weight, random_state=seed)
             pipeline = make_pipeline(StandardScaler(), logistic).fit(seen, train.labels)
             p = np.full((len(held_out), len(classes)), 1e-9)
@@ -188,6 +207,32 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 # what joins a method with +: a term of its loss, or a wrapper of its network
 TERMS: dict[str, Callable[..., MILLoss]] = {"aem": AttentionEntropy}
 WRAPPERS: dict[str, Callable[..., nn.Module]] = {"subsample": Subsample}
+_DROPOUT = {"dropout": [0.0, 0.25, 0.5]}
+_ATTENTION = {**_DROPOUT, "hidden": [64, 128, 256]}
+_SCAN = {"layers": [1, 2], "dropout": [0.0, 0.25]}
+_BRANCHES = {"branches": [1, 3, 5], "top_k": [5, 10, 20], "mask_drop": [0.3, 0.6], "diversity_weight": [0.0, 0.3, 1.0]}
+# what --tune draws from, for a method or a part; learning rate and weight decay come on top for every network
+SPACES: dict[str, dict[str, Any]] = {
+    "mean": {"dim": [64, 128, 256, 512]},
+    "max": {"dim": [64, 128, 256, 512]},
+    **dict.fromkeys(("abmil", "gated-abmil", "balanced-abmil"), _ATTENTION),
+    "mha": {"dropout": [0.0, 0.1, 0.25]},
+    "acmil": _BRANCHES,
+    "acmil-mha": _BRANCHES,
+    "dsmil": {**_DROPOUT, "instance_weight": [0.25, 0.5, 0.75], "average": [False, True]},
+    "clam-sb": {**_DROPOUT, "bag_weight": [0.5, 0.7, 0.9], "k_sample": [4, 8, 16], "instance_loss": ["svm", "ce"]},
+    "transmil": {"dropout": [0.0, 0.1, 0.25]},
+    "mambamil": {**_SCAN, "rate": [5, 10, 20]},
+    "bimamba": _SCAN,
+    "mamba": _SCAN,
+    "scmil": {"temperature": [0.07, 0.1, 0.5], "curriculum": ["linear", "parabolic", "cosine"]},
+    "focal-abmil": {**_ATTENTION, "gamma": [0.5, 1.0, 2.0, 5.0]},
+    "ldam-abmil": {**_ATTENTION, "max_margin": [0.3, 0.5, 1.0]},
+    "logit-adjusted-abmil": {**_ATTENTION, "tau": [0.5, 1.0, 1.5]},
+    "aem": {"weight": loguniform(1e-3, 1.0)},
+    "subsample": {"ratio": [0.25, 0.5, 0.75]},
+    "mhim": {"high": [0.01, 0.03, 0.05, 0.1], "random": [0.0, 0.25, 0.5], "alpha": [0.1, 0.5, 1.0]},
+}
 # scan the instances in the order of their coordinates, or else as they are stored
 SCANNING = ("mambamil", "bimamba", "mamba")
 
@@ -200,7 +245,7 @@ def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping
     StudyError
         If a name or a setting is unknown, or the user's factory does not obey the task.
     """
-    if unknown := set(options) - EVERYWHERE:
+    if unknown := set(options) - EVERYWHERE - {"steps"}:
         raise StudyError(f"no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(EVERYWHERE))}")
     masked, base, parts = parse(name)
     known = {*METHODS, *TERMS, *WRAPPERS, "mhim"}
@@ -214,8 +259,8 @@ def build(name: str, settings: Mapping[str, Mapping[str, Any]], options: Mapping
         raise StudyError(f"{name}: {base} is not a network trained by the plain step, and takes no parts")
     own = dict(settings.get(base, {}))
     if getattr(fit, "func", None) is fit_logistic:
-        _check_settings(base, own, set())
-        return partial(fit, **{k: v for k, v in options.items() if k == "class_weight"})
+        _check_settings(base, own, {"C"})
+        return partial(fit, **{k: v for k, v in options.items() if k == "class_weight"}, **own)
     if getattr(fit, "func", None) is not fit_plain:  # a training step of its own
         known = _parameters(fit) - {"train", "validation", "seed", "device"}
         _check_settings(base, own, known)
@@ -333,22 +378,122 @@ def _class_weight(kind: str | None, labels: np.ndarray, classes: int) -> torch.T
     return torch.tensor(len(labels) / (classes * np.maximum(count, 1)), dtype=torch.float32)
 
 
-def score(model: nn.Module, bags: BagSubset, device: str = "cpu") -> Score:
-    """Probabilities of the bags, and the attention of every instance where the method has any."""
-    predictions = predict_bags(model, bags, device)
+@torch.inference_mode()
+def score(model: nn.Module, bags: BagSubset | BagDataset, device: str = "cpu") -> Score:
+    """Probabilities of the bags, and scores of their instances from the same pass where the method looks at any."""
+    model = model.to(device).eval()
+    p, found = [], []
+    for bag in bags:
+        coords = None if bag.coords is None else bag.coords[None].to(device)
+        output, scores = locate(model, bag.x[None].to(device), coords)
+        p.append(output.logits[0].float().softmax(-1).cpu().numpy())
+        found.append({kind: of.cpu().numpy() for kind, of in scores.items()})
     if isinstance(model, PooledLogistic):
-        return Score(predictions.probabilities)
-    attention = [logits.softmax(-1).numpy() for logits in predictions.attention_logits]
-    return Score(predictions.probabilities, attention, "attention")
+        return Score(np.stack(p))
+    kinds = [kind for kind in found[0] if all(kind in scores for scores in found)]
+    return Score(np.stack(p), {kind: [scores[kind] for scores in found] for kind in kinds})
+
+
+def explain(
+    model: nn.Module, bags: BagSubset, score: Score, seed: int, device: str = "cpu"
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Test attention as evidence: how much more the prediction changes for the most attended than for any instances.
+
+    ``deletion`` is the mean fall of the predicted class's probability beyond that at random, ``insertion`` the mean
+    rise; both are above 0 if attention finds what the prediction rests on.
+    """
+    curves = deletion_insertion(model, bags, score.instance_scores[ATTENTION], seed, device)
+    if not curves:
+        return {}, {}
+    values = {
+        "deletion": float((curves["deletion_random"] - curves["deletion_top"])[1:].mean()),
+        "insertion": float((curves["insertion_top"] - curves["insertion_random"])[:-1].mean()),
+    }
+    return values, curves
+
+
+def space(name: str) -> dict[str, Any]:
+    """Search space of a method and of the parts that join it, ``{"acmil.lr": distribution, ...}``.
+
+    A user's own factory may carry its space as an attribute ``search_space``, without the learning rate and weight
+    decay, which every network gets.
+    """
+    masked, base, parts = parse(name)
+    fit = METHODS.get(base)
+    if getattr(fit, "func", None) is fit_logistic:
+        return {} if base == "prevalence" else {f"{base}.C": loguniform(1e-4, 10)}
+    own = dict(SPACES.get(base, {}))
+    if ":" in base:
+        own = dict(getattr(_own(base).args[0], "search_space", {}))  # type: ignore[attr-defined]
+    if getattr(fit, "func", None) is fit_plain or ":" in base:
+        own |= {"lr": loguniform(1e-5, 1e-2), "weight_decay": loguniform(1e-6, 1e-2)}
+    found = {f"{base}.{key}": values for key, values in own.items()}
+    for part in [*parts, *(["mhim"] if masked else [])]:
+        found |= {f"{part}.{key}": values for key, values in SPACES.get(part, {}).items()}
+    return found
+
+
+def budget(options: Mapping[str, Any], n_train: int) -> dict[str, int]:
+    """Steps of every configuration: those of the epochs asked for, at the batch size asked for."""
+    return {"steps": options.get("epochs", EPOCHS) * math.ceil(n_train / options.get("batch_size", 1))}
+
+
+def cost(
+    name: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any],
+    bags: BagDataset,
+    sizes: np.ndarray,
+) -> tuple[float, float]:
+    """Measure what one fit on all bags would take: seconds with one thread, and megabytes on disk.
+
+    Trainings of different length on a few bags of random features, as large as the median bag, give the time of a
+    step; it is taken to grow with the mean size of the bags.
+    """
+    typical = int(np.median(sizes))
+    rng = np.random.default_rng(0)
+    classes = max(len(bags.classes), 2)
+    sources = [
+        Source(f"{i}", "memory", bags.sources[0].path, arrays=RawBag(rng.normal(size=(typical, bags.in_dim))))
+        for i in range(2 * classes)
+    ]
+    labels = [i % classes for i in range(2 * classes)]
+    made = BagDataset(sources, labels, bags.classes, [source.id for source in sources])
+    train, validation = made.subset(range(classes)), made.subset(range(classes, 2 * classes))
+    base = parse(name)[1]
+    own = dict(settings.get(base, {}))
+    wanted = own.pop("epochs", options.get("epochs", EPOCHS))
+    taken, lengths = [], (2, 3, 9)  # the first one loads and warms up what the others use
+    for epochs in lengths:
+        fit = build(name, {**settings, base: own}, {**options, "epochs": epochs, "patience": None})
+        started = time.perf_counter()
+        model = fit(train, validation, seed=0, device="cpu")
+        taken.append(time.perf_counter() - started)
+    megabytes = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    if not hasattr(model, "history"):  # not trained in steps
+        return taken[-1], megabytes
+    per_bag = max(taken[2] - taken[1], 0.0) / (lengths[2] - lengths[1]) / len(train)
+    return per_bag * sizes.mean() / typical * len(sizes) * wanted, megabytes
+
+
+def made_by(bags: BagDataset) -> dict[str, Any]:
+    """What the files say of how the features were made: encoder, magnification, patch size."""
+    return summarise([provenance(source) for source in bags.sources])
 
 
 TASK = Task(
     name="mil",
     load=open_bags,
+    check=check_bags,
     build=build,
     score=score,
     controls=("prevalence", "bag-size", "lr-mean", "lr-max"),
     default_methods=("mean", "max", "abmil", "acmil", "abmil+aem"),
     unit="bag",
     remark=remark,
+    space=space,
+    budget=budget,
+    cost=cost,
+    explain=explain,
+    provenance=made_by,
 )

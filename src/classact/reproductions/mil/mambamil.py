@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from classact.data.grid_bags import COLUMNS, FEATURES, grid_bags
+from classact.data.grid import COLUMNS, FEATURES, grid_bags
 from classact.evidence.experiment import Cells, Experiment, Values
 from classact.mil.attention import ABMIL
 from classact.mil.lit import fit_bags, predict_bags

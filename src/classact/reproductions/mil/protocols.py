@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from classact.data.bags import BagDataset, BagSubset, open_bags
-from classact.data.shortcut_bags import shortcut_bags
+from classact.data.shortcut import shortcut_bags
 from classact.evidence.comparison import inner_split
 from classact.mil.aem import attention_entropy
 from classact.mil.attention import attention_concentration

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from classact.data.bags import BagDataset, BagSubset
-from classact.data.subtype_bags import subtype_bags
+from classact.data.subtype import subtype_bags
 from classact.evidence.experiment import Cells, Experiment, Values
 from classact.mil.attention import ABMIL
 from classact.mil.imbalance import CosineClassifier, FocalLoss, LDAMLoss, LogitAdjustment, make_imbalanced
