@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-BINS = 10  # of the reliability diagram, with equal numbers of predictions
+BINS = 10  # of the reliability diagram at most
 POINTS = {f"{name}_at_{level}": (name, level / 100) for name in ("sensitivity", "specificity") for level in (90, 95)}
 POOLED = ("macro_f1", "balanced_accuracy", "accuracy")
 
@@ -202,7 +202,11 @@ def confidence(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarra
     return probabilities.max(1), (probabilities.argmax(1) == labels).astype(float)
 
 
-def bin_of(probability: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Bin of every probability (n,), such that the bins hold equal numbers; equal values share a bin."""
+def bin_of(probability: np.ndarray, bins: int | None = None) -> np.ndarray:
+    """Bin of every probability (n,), such that the bins hold equal numbers; equal values share a bin.
+
+    By default there are ten bins, fewer where that would leave less than ten predictions in a bin, but at least two.
+    """
+    bins = bins or min(BINS, max(2, len(probability) // 10))
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]))
     return np.searchsorted(edges, probability, side="right")

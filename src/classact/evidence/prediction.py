@@ -91,7 +91,7 @@ class Prediction:
         by = f"{self.members} models" if self.members > 1 else "one model"
         lines.append(
             f"{n} {self.unit}{'s' * (n != 1)} predicted by {by} of {self.method}: "
-            f"{', '.join(f'{counts.get(name, 0)} {name}' for name in self.classes)}."
+            f"{', '.join(f'{counts.get(name, 0)} as {name}' for name in self.classes)}."
         )
         if self.members > 1:
             lines.append(f"The models decide differently on {len(self.disagreeing)} of {n}.")
