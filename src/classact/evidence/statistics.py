@@ -95,7 +95,7 @@ def bootstrap_groups(
         Number of draws B.
     """
     groups = len(counts)
-    drawn = statistic(np.tensordot(_draws(groups, n_boot, seed), counts, axes=1))
+    drawn = statistic(np.tensordot(group_draws(groups, n_boot, seed), counts, axes=1))
     effect = float(statistic(counts.sum(axis=0, keepdims=True))[0])
     finite = drawn[np.isfinite(drawn)]
     if len(finite) < n_boot / 2:
@@ -105,7 +105,7 @@ def bootstrap_groups(
 
 
 @lru_cache(maxsize=1)
-def _draws(groups: int, n_boot: int, seed: int) -> np.ndarray:
+def group_draws(groups: int, n_boot: int, seed: int) -> np.ndarray:
     """How often each group is drawn, (n_boot, groups); kept, since many metrics are drawn alike."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(groups, np.full(groups, 1 / groups), size=n_boot).astype(np.float64)

@@ -17,7 +17,7 @@ from classact.evidence.metrics import (
     ratio,
     squared_error,
 )
-from classact.evidence.statistics import Interval, bootstrap_groups, centred
+from classact.evidence.statistics import Interval, bootstrap_groups, centred, group_draws
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,8 +153,7 @@ def bootstrap_ranking(
     effects = {"auc": auc(labels, probabilities), "auprc": auprc(labels, probabilities)}
     if np.isnan(effects["auc"]):
         return {name: Interval(np.nan, -np.inf, np.inf, np.nan, groups - 1, groups) for name in effects}
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=n_boot).astype(float)
+    weights = group_draws(groups, n_boot, seed)
     wanted = [1] if size == 2 else range(size)
     parts = []
     step = max(1, CHUNK_BYTES // (8 * len(labels)))
