@@ -10,27 +10,21 @@ import numpy as np
 
 from classact.data.bags import Problem
 from classact.evidence.metrics import (
-    BINS,
     POINTS,
     POOLED,
     auc,
-    bin_of,
-    calibration_error,
-    confidence,
     confusion_metric,
     decide,
-    ratio,
-    squared_error,
 )
 from classact.evidence.splits import Split
 from classact.evidence.statistics import (
     Interval,
     bootstrap_groups,
-    centred,
     corrected_interval,
     detectable_effect,
     holm,
 )
+from classact.evidence.validation import bootstrap_pooled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,19 +198,8 @@ class Comparison:
     def _pooled_metrics(self, method: str) -> dict[str, Interval]:
         confusion = self._confusion(method)
         found = {name: bootstrap_groups(confusion, confusion_metric(name)) for name in POOLED}
-        recalls = {"sensitivity": 1, "specificity": 0}
-        if not self.binary:
-            recalls = {f"recall({name})": index for index, name in enumerate(self.classes)}
-        found |= {n: bootstrap_groups(confusion, confusion_metric("recall", index)) for n, index in recalls.items()}
         p, label, member, repeat, _ = self.pooled(method)
-        error = np.zeros((len(self._group_index), self._repeats, 2))
-        np.add.at(error, (member, repeat), np.stack([squared_error(label, p), np.ones(len(p))], axis=1))
-        found["brier"] = bootstrap_groups(error, ratio)
-        stated, came = confidence(label, p)
-        bins = np.zeros((len(self._group_index), self._repeats, BINS, 2))
-        np.add.at(bins, (member, repeat, bin_of(stated)), np.stack([stated - came, np.ones(len(p))], axis=1))
-        found["calibration_error"] = centred(bootstrap_groups(bins, calibration_error))
-        return found
+        return found | bootstrap_pooled(confusion, label, p, member, repeat, self.classes)
 
     def _group_scores(self, method: str) -> tuple[np.ndarray, np.ndarray]:
         """AUC per fold, and confusion matrices, where each group is one item with its mean probability.

@@ -110,28 +110,55 @@ def _intervals(
     labels: np.ndarray, p: np.ndarray, member: np.ndarray, threshold: float | None, classes: Sequence[str]
 ) -> dict[str, Interval]:
     """Every metric with its interval; `member` (n,) is the number of each item's group."""
-    size, groups, one = len(classes), int(member.max()) + 1, np.ones(len(labels))
-    confusion, errors, bins = (
-        np.zeros((groups, 1, size, size)),
-        np.zeros((groups, 1, 2)),
-        np.zeros((groups, 1, BINS, 2)),
-    )
+    size, groups = len(classes), int(member.max()) + 1
+    confusion = np.zeros((groups, 1, size, size))
     np.add.at(confusion[:, 0], (member, labels, decide(p, threshold)), 1)
-    np.add.at(errors[:, 0], member, np.stack([squared_error(labels, p), one], 1))
-    probability, came_true = confidence(labels, p)
-    np.add.at(bins[:, 0], (member, bin_of(probability)), np.stack([probability - came_true, one], 1))
-    recalls = {"sensitivity": 1, "specificity": 0} if size == 2 else {f"recall({c})": k for k, c in enumerate(classes)}
     complete = len(np.unique(labels)) == size
     undefined = Interval(np.nan, -np.inf, np.inf, np.nan, groups - 1, groups)
     return {
         **bootstrap_ranking(labels, p, member),
-        "brier": bootstrap_groups(errors, ratio),
-        "calibration_error": centred(bootstrap_groups(bins, calibration_error)),
-        **{name: bootstrap_groups(confusion, confusion_metric("recall", k)) for name, k in recalls.items()},
+        **bootstrap_pooled(confusion, labels, p, member, np.zeros_like(member), classes),
         **{
             name: bootstrap_groups(confusion, confusion_metric(name)) if complete or name == "accuracy" else undefined
             for name in ("balanced_accuracy", "macro_f1", "accuracy")
         },
+    }
+
+
+def bootstrap_pooled(
+    confusion: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    member: np.ndarray,
+    repeat: np.ndarray,
+    classes: Sequence[str],
+) -> dict[str, Interval]:
+    """Brier score, calibration error and the recall of every class, with intervals when whole groups are drawn.
+
+    Parameters
+    ----------
+    confusion : (G, R, C, C)
+        Confusion matrices of G groups and R repeats.
+    labels, probabilities : (n,), (n, C)
+        Pooled predictions of all repeats.
+    member, repeat : (n,) int
+        Number of each prediction's group and repeat.
+    classes : sequence of str
+        Names; with two, recalls are called sensitivity and specificity.
+    """
+    error = np.zeros((*confusion.shape[:2], 2))
+    bins = np.zeros((*confusion.shape[:2], BINS, 2))
+    one = np.ones(len(labels))
+    np.add.at(error, (member, repeat), np.stack([squared_error(labels, probabilities), one], 1))
+    stated, came_true = confidence(labels, probabilities)
+    np.add.at(bins, (member, repeat, bin_of(stated)), np.stack([stated - came_true, one], 1))
+    recalls = {f"recall({name})": k for k, name in enumerate(classes)}
+    if len(classes) == 2:
+        recalls = {"sensitivity": 1, "specificity": 0}
+    return {
+        "brier": bootstrap_groups(error, ratio),
+        "calibration_error": centred(bootstrap_groups(bins, calibration_error)),
+        **{name: bootstrap_groups(confusion, confusion_metric("recall", k)) for name, k in recalls.items()},
     }
 
 
