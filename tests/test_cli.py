@@ -121,7 +121,7 @@ def test_a_method_from_the_current_folder(slides, workers, monkeypatch):
 
 
 def test_unknown_task(slides):
-    assert "no task 'mill'; there are mil" in call("compare", "mill", slides, code=1)
+    assert "No such command 'mill'" in call("compare", "mill", slides, code=2)
 
 
 def test_reproduce_needs_a_name_and_an_experiment():

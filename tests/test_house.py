@@ -18,7 +18,7 @@ def test_the_core_is_small():
     names = {re.split(r"[\[<>=~ ]", item)[0] for item in project["dependencies"]}
     expected = {"torch", "numpy", "scipy", "scikit-learn", "safetensors", "typer", "rich", "matplotlib", "lazy_loader"}
     assert names == expected | {"jaxtyping"}
-    assert {"compare", "mil", "ray", "docs", "dev"} <= set(project["optional-dependencies"])
+    assert {"compare", "mil", "explain", "ray", "docs", "dev"} <= set(project["optional-dependencies"])
 
 
 def test_every_target_of_the_makefile_is_there():

@@ -19,6 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="classact: compare methods on your own data, and check what papers claim.",
 )
+compare_app = typer.Typer(
+    no_args_is_help=True, help="Compare methods on your data, with certainty and without leakage, and write a report."
+)
+app.add_typer(compare_app, name="compare")
 data_app = typer.Typer(no_args_is_help=True, help="Check your data; list, describe and fetch known data sets.")
 app.add_typer(data_app, name="data")
 
@@ -187,9 +191,8 @@ def _claims_table(report: Any) -> Any:
     return table
 
 
-@app.command()
-def compare(
-    task: Annotated[str, typer.Argument(help="What to compare methods on: mil.")],
+@compare_app.command("mil")
+def compare_mil(
     data: Annotated[str, typer.Argument(help="Folder or file, or a known data set such as digits.")],
     labels: Annotated[Path | None, typer.Option(help="Table of labels: .csv, .tsv, .xlsx.")] = None,
     methods: Annotated[
@@ -238,14 +241,12 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder of the report (default report).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another study in that folder.")] = False,
 ) -> None:
-    """Compare methods on your data, with certainty and without leakage, and write a report."""
-    given = {k: v for k, v in locals().items() if v is not None and k not in ("task", "data", "config", "overwrite")}
+    """Compare multiple-instance methods on bags: ABMIL, ACMIL, AEM and their rivals."""
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("data", "config", "overwrite")}
     with _plain_errors():
         from classact.tasks import compare as run
 
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.insert(0, here)  # so that package.module:factory finds a module in this folder
-
+        _import_from_here()
         arguments = {**_read_config(config), **given}
         settings = {owner: dict(own) for owner, own in arguments.pop("set", {}).items()}
         for item in arguments.pop("set_", []):
@@ -253,14 +254,14 @@ def compare(
             settings.setdefault(owner, {})[key] = value
         for name in ("methods", "classes", "encoders", "fractions"):
             if isinstance(arguments.get(name), str):
-                arguments[name] = [part.strip() for part in arguments[name].split(",") if part.strip()]
+                arguments[name] = _names(arguments[name])
         if "fractions" in arguments:
             arguments["fractions"] = [_number(part, "--fractions") for part in arguments["fractions"]]
         options = {k: arguments.pop(k) for k in OPTIONS if k in arguments}
         options |= arguments.pop("options", {})
         folder = Path(arguments.get("out", "report"))
         report = run(
-            task,
+            "mil",
             data,
             settings=settings,
             options=options,
@@ -364,6 +365,118 @@ def heatmap(
         for item, reason in found.skipped:
             _say(f"{item}: {reason}")
         print(f"{len(found.files)} files in {out}/; drag a .geojson onto its slide in QuPath")
+
+
+ImagesArg = Annotated[Path, typer.Argument(help="An image file, or a folder of images (class folders are noticed).")]
+ModelOption = Annotated[
+    str, typer.Option(help="efficientnet-lite0, timm:NAME, torchvision:NAME or package.module:factory.")
+]
+WeightsOption = Annotated[Path | None, typer.Option(help=".safetensors, .pth, .pt, .ckpt or .pth.tar.")]
+ClassesOption = Annotated[Path | None, typer.Option(help="Text file, one class name per line.")]
+PreprocessOption = Annotated[
+    str | None, typer.Option(help="timm, torchvision, or a JSON file with resize, crop, mean, std.")
+]
+MapsOption = Annotated[str, typer.Option("--methods", help="Comma-separated; yours as package.module:callable.")]
+TargetOption = Annotated[
+    str, typer.Option(help="top1, top3, ..., class names or numbers, or over:0.5 for multi-label networks.")
+]
+LayerOption = Annotated[str, typer.Option(help="auto, or names of layers, comma-separated.")]
+StepsOption = Annotated[int, typer.Option(help="Steps of the insertion and deletion curves.")]
+BatchOption = Annotated[int, typer.Option(help="Images or tiles in one pass.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+
+
+@app.command()
+def explain(
+    images: ImagesArg,
+    model: ModelOption = "efficientnet-lite0",
+    weights: WeightsOption = None,
+    classes: ClassesOption = None,
+    preprocess: PreprocessOption = None,
+    methods: MapsOption = "gradcam,smoothgradcampp,eigencam",
+    target: TargetOption = "top1",
+    layer: LayerOption = "auto",
+    size: Annotated[str | None, typer.Option(help="native, or pixels of the shorter side; nothing is cropped.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Explain in tiles of this side, stitched (large frames).")] = None,
+    overlap: Annotated[int, typer.Option(help="Overlap of tiles in pixels.")] = 0,
+    trust: Annotated[bool, typer.Option(help="Measure how far each map can be trusted (the slow part).")] = True,
+    steps: StepsOption = 10,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+) -> None:
+    """Show what a network looks at: maps over your images, and how far each can be trusted."""
+    with _plain_errors():
+        from classact.data.networks import load_network
+        from classact.explain.report import explain_images
+
+        _import_from_here()
+        explain_images(
+            images,
+            load_network(model, weights, classes, preprocess, device),
+            methods=_names(methods),
+            target=target,
+            layer="auto" if layer == "auto" else _names(layer),
+            out=out,
+            size=size,
+            tile=tile,
+            overlap=overlap,
+            trust_maps=trust,
+            steps=steps,
+            batch_size=batch_size,
+            device=device,
+        )
+
+
+@compare_app.command("cams")
+def compare_cams(
+    images: ImagesArg,
+    model: ModelOption = "efficientnet-lite0",
+    weights: WeightsOption = None,
+    classes: ClassesOption = None,
+    preprocess: PreprocessOption = None,
+    methods: MapsOption = "gradcam,gradcampp,smoothgradcampp,eigencam",
+    boxes: Annotated[
+        Path | None, typer.Option(help="Boxes of the objects: a CSV file,x0,y0,x1,y1 or a folder of VOC/ILSVRC XML.")
+    ] = None,
+    target: TargetOption = "top1",
+    layer: LayerOption = "auto",
+    steps: StepsOption = 10,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+) -> None:
+    """Compare class activation maps on your network and images, with controls as rows."""
+    with _plain_errors():
+        from classact.data.networks import load_network
+        from classact.tasks.cams import compare_cams as run
+
+        _import_from_here()
+        found = run(
+            images,
+            load_network(model, weights, classes, preprocess, device),
+            _names(methods),
+            out=out,
+            boxes=boxes,
+            target=target,
+            layer="auto" if layer == "auto" else _names(layer),
+            steps=steps,
+            batch_size=batch_size,
+            device=device,
+        )
+        for line in found.summary:
+            print(line)
+        print(f"Also there: cams.csv, predictions.csv, maps/, overlays/ in {out}/")
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _import_from_here() -> None:
+    """Let package.module:name find a module in the current folder."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
