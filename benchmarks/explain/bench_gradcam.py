@@ -83,7 +83,7 @@ def test_cost_over_one_pass(case, ratio):
 
 
 def test_a_thousand_explainers_leave_nothing_behind():
-    model, x = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(1, 3, 32, 32)
+    model, x = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(1, 3, 64, 64)
 
     def run(times):
         for _ in range(times):

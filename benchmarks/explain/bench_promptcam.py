@@ -50,4 +50,4 @@ def test_last_block_computes_prompts_only(ratio):
         return model.head(vit.norm(h)[:, :CLASSES]).squeeze(-1)
 
     torch.testing.assert_close(ours(), theirs(), atol=1e-4, rtol=1e-4)
-    assert ratio("Prompt-CAM / all rows of timm's blocks", ours, theirs, rounds=7) < 1.1
+    assert ratio("Prompt-CAM / all rows of timm's blocks", ours, theirs, rounds=7) < 1.15

@@ -7,7 +7,7 @@ import numpy as np
 
 from classact.data.images import fashion_mnist
 
-SIZE, STAMP, PER_IMAGE, SHARED = 24, 5, 3, 3
+SIZE, STAMP, PER_IMAGE, PATTERNS, CLASSES = 24, 5, 3, 8, 5
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StampedGarments:
         Pattern of every stamp.
     corners : (n, 3, 2) int64
         Row and column of its upper left pixel.
-    patterns : (classes + 3, 3, 5, 5) float32
+    patterns : (8, 3, 5, 5) float32
         All patterns.
     """
 
@@ -37,8 +37,8 @@ class StampedGarments:
 
     @property
     def attributes(self) -> np.ndarray:
-        """(n, classes + 3) float32: 1 for the patterns that an image has."""
-        return np.eye(len(self.patterns), dtype=np.float32)[self.stamps].max(1)
+        """(n, 8) float32: 1 for the patterns that an image has."""
+        return np.eye(PATTERNS, dtype=np.float32)[self.stamps].max(1)
 
     def patches(self, stamp: int, patch: int = 4, share: float = 0.25) -> np.ndarray:
         """(n, 24 / patch, 24 / patch) bool: the patches of which a stamp covers at least the given share."""
@@ -53,13 +53,13 @@ def stamped_garments(
     seed: int,
     kind: Literal["attributes", "classes", "hybrids"] = "classes",
     part: Literal["train", "test"] = "train",
-    classes: int = 5,
 ) -> StampedGarments:
     """Random garments, tinted and noisy, with three stamps of 5 x 5 pixels at random places that do not overlap.
 
-    Ground truth, in ``stamps`` and ``corners``: there is a pattern per class and three more, each random pixels of two
-    random colours, equal for all images of a seed. An image of class c has pattern c first, then two different ones of
-    the last three, which all classes share. So only the first stamp tells the class; garment, tint and places do not.
+    Ground truth, in ``stamps`` and ``corners``: there are 8 patterns, each random pixels of two random colours, equal
+    for all images of a seed. An image of class c in 0 to 4 has pattern c first, then two different ones of the
+    patterns 5, 6 and 7, which all classes share. So only the first stamp tells the class; garment, tint and places
+    do not.
 
     Parameters
     ----------
@@ -68,35 +68,27 @@ def stamped_garments(
     seed : int
         Of patterns and images.
     kind : {"attributes", "classes", "hybrids"}
-        Three different patterns out of all; the images above; or images with the patterns of two different classes,
-        the second of which is that of the second stamp, and one of the last three.
+        Three different patterns out of all 8; the images above; or images with the patterns of two different classes,
+        the second of which is that of the second stamp, and one of 5, 6 and 7.
     part : {"train", "test"}
         Which images of Fashion-MNIST the garments are drawn from.
-    classes : int
-        Number of classes, at least 2.
     """
     if kind not in ("attributes", "classes", "hybrids"):
         raise ValueError(f"kind: expected 'attributes', 'classes' or 'hybrids', got {kind!r}")
-    if classes < 2:
-        raise ValueError(f"classes: expected at least 2, got {classes}")
-    of_patterns = np.random.default_rng(seed)
-    colours = of_patterns.uniform(size=(classes + SHARED, 2, 3)).astype(np.float32)
-    which = of_patterns.integers(2, size=(classes + SHARED, STAMP, STAMP))
-    patterns = colours[np.arange(classes + SHARED)[:, None, None], which].transpose(0, 3, 1, 2)
-
+    patterns = _patterns(np.random.default_rng(seed))
     rng = np.random.default_rng([seed, ("attributes", "classes", "hybrids").index(kind), int(part == "test")])
     images, _ = fashion_mnist(part)
     garment = images[rng.integers(len(images), size=n), None, 2:26, 2:26] / 255
     plain = 0.6 * garment * rng.uniform(size=(n, 3, 1, 1)) + 0.05 * rng.normal(size=(n, 3, SIZE, SIZE))
     plain = plain.clip(0, 1).astype(np.float32)
-    y = np.arange(n) % classes
-    shared = classes + rng.permuted(np.tile(np.arange(SHARED), (n, 1)), axis=1)
+    y = np.arange(n) % CLASSES
+    shared = rng.permuted(np.tile(np.arange(CLASSES, PATTERNS), (n, 1)), axis=1)
     if kind == "attributes":
-        stamps = rng.permuted(np.tile(np.arange(len(patterns)), (n, 1)), axis=1)[:, :PER_IMAGE]
+        stamps = rng.permuted(np.tile(np.arange(PATTERNS), (n, 1)), axis=1)[:, :PER_IMAGE]
     elif kind == "classes":
         stamps = np.column_stack([y, shared[:, :2]])
     else:
-        stamps = np.column_stack([y, (y + rng.integers(1, classes, size=n)) % classes, shared[:, 0]])
+        stamps = np.column_stack([y, (y + rng.integers(1, CLASSES, size=n)) % CLASSES, shared[:, 0]])
     corners = _corners(n, rng)
     x = plain.copy()
     for stamp in range(PER_IMAGE):
@@ -105,6 +97,17 @@ def stamped_garments(
             0, 2, 3, 1
         )
     return StampedGarments(x, plain, y, stamps, corners, patterns)
+
+
+def _patterns(rng: np.random.Generator) -> np.ndarray:
+    """Draw (8, 3, 5, 5) patterns, again where a mean colour is within 0.2 of an earlier one: hard to tell apart."""
+    found: list[np.ndarray] = []
+    while len(found) < PATTERNS:
+        colours, which = rng.uniform(size=(2, 3)).astype(np.float32), rng.integers(2, size=(STAMP, STAMP))
+        pattern = colours[which].transpose(2, 0, 1)
+        if all(np.linalg.norm(pattern.mean((1, 2)) - other.mean((1, 2))) > 0.2 for other in found):
+            found.append(pattern)
+    return np.stack(found)
 
 
 def _corners(n: int, rng: np.random.Generator) -> np.ndarray:

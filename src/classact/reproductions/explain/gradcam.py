@@ -66,6 +66,11 @@ TAG, CELL, BIASED, PAIR = 5, 4, 0.95, (0, 6)  # T-shirt and shirt
 FEATURES, WIDTH, START = 64 * 6 * 6, 256, CLASSES
 
 
+def _mean(values: Tensor) -> float:
+    """The mean to four digits; more would not be worth storing."""
+    return round(float(values.float().mean()), 4)
+
+
 def draw_maps(network: nn.Module, x: Tensor, target: Target, layer: str, blur: float) -> Maps:
     """Maps (N, H, W), not scaled, of Grad-CAM, gradients, and products of both."""
     cam = GradCAM(network, layer)(x, target, normalize=None)
@@ -98,20 +103,20 @@ def measure_places(maps: Tensor, own: Tensor, other: Tensor) -> dict[str, float]
     """How far maps (N, H, W) keep to what they explain, given its mask (N, H, W) and that of the other object."""
     energy, rest = energy_pointing_game(maps, own), energy_pointing_game(maps, other)
     scaled = normalize_map(maps)
-    inside, outside = (scaled[region].mean() for region in (own, ~own))
+    within, beyond = (scaled[region].mean() for region in (own, ~own))
     return {
-        "pointing": float(pointing_game(maps, own).mean()),
-        "other": float(pointing_game(maps, other).mean()),
-        "energy": float(energy.mean()),
-        "share": float((energy / (energy + rest).clamp_min(1e-12)).mean()),
-        "named": float((energy > rest).float().mean()),
-        "ratio": float(inside / outside.clamp_min(1e-12)),
+        "pointing": _mean(pointing_game(maps, own)),
+        "other": _mean(pointing_game(maps, other)),
+        "energy": _mean(energy),
+        "share": _mean(energy / (energy + rest).clamp_min(1e-12)),
+        "named": _mean(energy > rest),
+        "ratio": _mean(within / beyond.clamp_min(1e-12)),
     }
 
 
 def overlap(maps: Tensor, boxes: Tensor, fraction: float) -> float:
     """Share of maps (N, H, W) whose box has an intersection over union of a half with the true one (N, 4)."""
-    return float((box_iou(boxes_from_map(maps, fraction), boxes) >= 0.5).float().mean())
+    return _mean(box_iou(boxes_from_map(maps, fraction), boxes) >= 0.5)
 
 
 def inside(boxes: Tensor, size: int) -> Tensor:
@@ -148,7 +153,7 @@ def run_collages(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
 
 def run_scenes(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     """Two garments, a classifier with a fully connected head: places, boxes, sharpness, faithfulness, ablations."""
-    samples, epochs, n, occluded = (300, 1, 12, 4) if scale == "smoke" else (4000, 6, 200, 50)
+    samples, epochs, n, occluded = (300, 1, 12, 4) if scale == "smoke" else (3000, 6, 200, 30)
     network = train_scene_classifier(seed, samples, epochs)
     scenes = garment_scenes(n, seed, "test")
     x, target, boxes, own, other = by_object(scenes)
@@ -156,21 +161,21 @@ def run_scenes(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     drawn, fitted = (draw_maps(network, *pair, LAYER, BLUR_SCENES) for pair in ((x, target), (x_fit, target_fit)))
     first = slice(2 * occluded)
     drops = occlusion_map(network, x[first], target[first], PATCH, STRIDE, GREY)
-    values: Values = {"chance": {"pointing": float(own.float().mean())}}
+    values: Values = {"chance": {"pointing": _mean(own)}}
     for name, maps in (drawn | draw_ablations(network, x, target)).items():
         pooled = F.avg_pool2d(maps[first].unsqueeze(1), PATCH, STRIDE).squeeze(1)
         values[name] = measure_places(maps, own, other) | {
-            "pixels": float(energy_pointing_game(maps, scenes.masks.flatten(0, 1)).mean()),
+            "pixels": _mean(energy_pointing_game(maps, scenes.masks.flatten(0, 1))),
             "iou50_15": overlap(maps, boxes, 0.15),
-            "faithful": float(rank_correlation(pooled, drops).mean()),
+            "faithful": _mean(rank_correlation(pooled, drops)),
         }
     for name, maps in fitted.items():
         overlaps = [overlap(maps, boxes_fit, fraction) for fraction in FRACTIONS]
         values[name]["iou50"] = overlap(drawn[name], boxes, FRACTIONS[int(np.argmax(overlaps))])
-    drawn["counterfactual"] = GradCAM(network, LAYER)(x[:8], target[:8], counterfactual=True)
+    drawn["counterfactual"] = GradCAM(network, LAYER)(x[:6], target[:6], counterfactual=True)
     names = ("gradient", "guided", "gradcam", "guided_gradcam", "counterfactual")
-    shown = torch.stack([drawn[name][:8] for name in names])
-    return values, {"images": _bytes(scenes.images[:4]), "maps": _shown(shown)}
+    shown = torch.stack([drawn[name][:6] for name in names])
+    return values, {"images": _bytes(scenes.images[:3]), "maps": _shown(shown)}
 
 
 def attack(network: nn.Module, x: Tensor, there: Tensor, absent: Tensor) -> Tensor:
@@ -206,11 +211,11 @@ def recall_maps(network: nn.Module, scenes: Scenes) -> tuple[Maps, Tensor]:
 def score_recall(network: nn.Module, scenes: Scenes, fit: Scenes) -> dict[str, float]:
     """The pointing game that credits rejection, each method with the threshold that is best on the scenes `fit`."""
     (fitted, boxes_fit), (drawn, boxes) = recall_maps(network, fit), recall_maps(network, scenes)
-    scores = {"reject_all": float((~boxes.flatten(2).any(2)).float().mean())}
+    scores = {"reject_all": _mean(~boxes.flatten(2).any(2))}
     for name, maps in fitted.items():
         candidates = maps.flatten(2).amax(2).flatten().quantile(torch.linspace(0, 1, 21)).tolist()
-        rates = [float(recall_aware_pointing(maps, boxes_fit, reject).mean()) for reject in candidates]
-        scores[name] = float(recall_aware_pointing(drawn[name], boxes, candidates[int(np.argmax(rates))]).mean())
+        rates = [_mean(recall_aware_pointing(maps, boxes_fit, reject)) for reject in candidates]
+        scores[name] = _mean(recall_aware_pointing(drawn[name], boxes, candidates[int(np.argmax(rates))]))
     return scores
 
 
@@ -233,7 +238,7 @@ def explain_mistakes(network: nn.Module, scenes: Scenes) -> dict[str, dict[str, 
         with torch.no_grad():
             drop = (logits[rows] - network(painted)).gather(1, wrong.unsqueeze(1))
         hit, energy = pointing_game(maps, box), energy_pointing_game(maps, box)
-        values[name] = {"pointing": float(hit.mean()), "energy": float(energy.mean()), "drop": float(drop.mean())}
+        values[name] = {"pointing": _mean(hit), "energy": _mean(energy), "drop": _mean(drop)}
     return values
 
 
@@ -248,13 +253,15 @@ def explain_in_words(network: nn.Module, scenes: Scenes, probe: Scenes, seed: in
     for arm, given in (("words", names), ("shuffled_words", [names[i] for i in order])):
         texts = textual_explanation(weights, given)
         pairs = [(str(int(c)), text) for c, text in zip(target, texts, strict=True) if str(int(c)) in names]
-        values[arm] = {f"named_{s}": float(np.mean([c in text[s] for c, text in pairs])) for s in ("for", "against")}
+        values[arm] = {
+            f"named_{side}": _mean(torch.tensor([c in text[side] for c, text in pairs])) for side in ("for", "against")
+        }
     return values
 
 
 def run_predictions(seed: int, scale: str) -> Values:
     """The same kind of classifier: absent classes, mistakes, attacked images, explanations in words."""
-    samples, epochs, n = (300, 1, 30) if scale == "smoke" else (4000, 6, 200)
+    samples, epochs, n = (300, 1, 30) if scale == "smoke" else (3000, 6, 150)
     network = train_scene_classifier(seed, samples, epochs)
     scenes, fit = garment_scenes(n, seed, "test"), garment_scenes(n // 2, seed + 10_000)
     values: Values = {arm: {"recall_aware": v} for arm, v in score_recall(network, scenes, fit).items()}
@@ -268,8 +275,8 @@ def run_predictions(seed: int, scale: str) -> Values:
             sure = network(part.images).sigmoid()
         x, target, _, own, other = by_object(part)
         values[arm] = measure_places(GradCAM(network, LAYER)(x, target), own, other) | {
-            "sure_of_classes": float(sure.gather(1, scenes.classes).mean()),
-            "sure_of_absent": float(sure.gather(1, absent.unsqueeze(1)).mean()),
+            "sure_of_classes": _mean(sure.gather(1, scenes.classes)),
+            "sure_of_absent": _mean(sure.gather(1, absent.unsqueeze(1))),
         }
     return values
 
@@ -345,7 +352,7 @@ def run_spoken(seed: int, scale: str, network: nn.Module, spoken: int, asked: bo
     train(network, loss, samples, seed, epochs)
     explained = Given(network, given_tests)
     with torch.no_grad():
-        right = (explained(tests.images).argmax(2) == truth).float().mean()
+        right = explained(tests.images).argmax(2) == truth
     maps, own, other = [], [], []
     boxes, rows = inside(tests.boxes, tests.images.shape[-1]), torch.arange(n)
     for number in range(spoken):
@@ -361,7 +368,7 @@ def run_spoken(seed: int, scale: str, network: nn.Module, spoken: int, asked: bo
         name: measure_places(torch.cat([found[name] for found in maps]), torch.cat(own), torch.cat(other))
         for name in maps[0]
     }
-    return measured | {"network": {"accuracy": float(right)}}
+    return measured | {"network": {"accuracy": _mean(right)}}
 
 
 def run_questions(seed: int, scale: str) -> Values:
@@ -402,7 +409,7 @@ def run_bias(seed: int, scale: str) -> Values:
 
     The tag is in any corner; in the arm `fixed_corner` always in the same one.
     """
-    samples, epochs, n = (300, 1, 40) if scale == "smoke" else (2000, 5, 500)
+    samples, epochs, n = (300, 1, 40) if scale == "smoke" else (1500, 5, 500)
     scenes, tests = two_classes(samples, seed, "train"), two_classes(n, seed, "test")
     chance = torch.rand(len(scenes.images), 1, generator=torch.Generator().manual_seed(seed))
     biased, tagged_class = (scenes.classes == PAIR[0]) & (chance < BIASED), tests.classes[:, 0] == PAIR[0]
@@ -420,9 +427,9 @@ def run_bias(seed: int, scale: str) -> Values:
             plain, with_tag = ((y := network(x))[:, PAIR[0]] > y[:, PAIR[1]] for x in (tests.images, marked))
         maps = GradCAM(network, LAYER)(marked, PAIR[0])
         values[arm] = {
-            "in_tag": float(energy_pointing_game(maps, reach)[tagged_class].mean()),
-            "accuracy": float((plain == tagged_class).float().mean()),
-            "fooled": float(with_tag[~tagged_class].float().mean()),
+            "in_tag": _mean(energy_pointing_game(maps, reach)[tagged_class]),
+            "accuracy": _mean(plain == tagged_class),
+            "fooled": _mean(with_tag[~tagged_class]),
         }
     return values
 
@@ -473,7 +480,7 @@ def draw_collages(cells: Cells) -> "Figure":
     """Collages with the maps of both classes, and how far maps keep to the half of their class."""
     from matplotlib.figure import Figure
 
-    figure = Figure((13, 2.9), layout="constrained")
+    figure = Figure((11, 2.5), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.5, 1))
     left, right = halves
     arrays = next(iter(cells.arrays.values()))
@@ -494,8 +501,8 @@ def draw_scenes(cells: Cells) -> "Figure":
     """Scenes with maps of both garments, and four measures of every map."""
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 8), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    figure = Figure((9, 7), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(0.9, 1))
     top, bottom = halves
     arrays = next(iter(cells.arrays.values()))
     images, maps = arrays["images"][:, 0], arrays["maps"].reshape(5, -1, 2, *arrays["maps"].shape[2:])

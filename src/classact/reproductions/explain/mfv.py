@@ -5,11 +5,11 @@ ankle boot, trouser or bag, pullover or sandal, dress or sneaker); a small netwo
 one, trained on other images, shifted and noisy, with the true labels, judges the pictures.
 
 Settings, chosen in pilots (seeds 0 and 1) and the same for every arm. The schedule from a mean image is cut to its
-first octave, the rest adding little at 28 pixels, and that to 60 steps (30 for colour images, climbed faster): the
+first octave, the rest adding little at 28 pixels, and that to 50 steps (30 for colour images, climbed faster): the
 activation more than doubles, and up to 190 steps change no number of facets. Steps of 5, with strong denoising or none,
 lose facets of the method's arms and add none to random starts. Random starts from the mean brightness of the data cover
 more facets than the released grey, so they are the baseline, as they are and eight times as noisy; the grey ones are
-shown beside them. The released schedules keep their proportions in 80 steps in the experiment on regularisers.
+shown beside them. The released schedules keep their proportions in 70 steps in the experiment on regularisers.
 """
 
 from collections.abc import Sequence
@@ -152,7 +152,7 @@ def run_known_facets(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarra
     smoke = scale == "smoke"
     (x, fine), model, judge = make_pair(seed, scale, MERGED, 2)
     train(model, (x, fine // 2), 2 if smoke else 4, seed)
-    n = 60 if smoke else 300
+    n = 60 if smoke else 200
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     starts: dict[str, list[Tensor]] = {}
     found: dict[str, list[float]] = {}
@@ -177,7 +177,7 @@ def run_known_facets(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarra
     for name, (mean, spread) in {"random": (level, 8), "random_wide": (level, 64), "random_grey": (175, 8)}.items():
         starts[name] = [noise_images(4 * FACETS, mean, 1, generator, spread)]
     unit = torch.arange(4).repeat_interleave(FACETS)
-    pictures = climb_all(model, None, starts, unit, 2 if smoke else 60)
+    pictures = climb_all(model, None, starts, unit, 2 if smoke else 50)
     values = {
         name: {**judge_facets(judge, shown, unit), "activation": activation_of(model, shown, unit)}
         for name, shown in pictures.items()
@@ -228,7 +228,7 @@ def run_colours(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     x = grey * torch.tensor(TINTS)[colour].view(-1, 3, 1, 1)
     label = garment // 2 * 2 + (garment + colour) % 2
     train(model, (x, label), 2 if smoke else 4, seed)
-    n = 60 if smoke else 300
+    n = 60 if smoke else 200
     starts: dict[str, list[Tensor]] = {}
     pure = []
     for u in range(4):
@@ -262,17 +262,17 @@ def central_energy(pictures: Tensor, background: float) -> float:
 
 
 def run_regularisers(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
-    """Climb from noise and from mean images with and without each regulariser, 80 steps each."""
+    """Climb from noise and from mean images with and without each regulariser, 70 steps each."""
     smoke = scale == "smoke"
     (x, fine), model, judge = make_pair(seed, scale, MERGED, 2)
     train(model, (x, fine // 2), 2 if smoke else 4, seed)
     generator = torch.Generator().manual_seed(seed)
-    n = 60 if smoke else 300
+    n = 60 if smoke else 200
     means = torch.cat([find_facets(model, x[fine // 2 == u][:n], seed, scale)[1] for u in range(4)])
     level = 255 * float(x.mean())
     noise = noise_images(4 * FACETS, level, 1, generator)
     unit = torch.arange(4).repeat_interleave(FACETS)
-    steps = 2 if smoke else 80
+    steps = 2 if smoke else 70
     centered = center_biased_schedule(28, steps / 530)
     ways: dict[tuple[str, ...], Sequence[Octave]] = {
         ("random_plain", "mean_plain"): [Octave(steps, step=(1.0, 2.0))],
@@ -332,7 +332,7 @@ def run_hidden_units(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarra
     for name, spread in {"random": 8, "random_wide": 64}.items():
         starts[name] = [noise_images(UNITS * FACETS, level, 1, generator, spread)]
     unit = torch.tensor(mixed).repeat_interleave(FACETS)
-    pictures = climb_all(model, HIDDEN, starts, unit, 2 if smoke else 60)
+    pictures = climb_all(model, HIDDEN, starts, unit, 2 if smoke else 50)
     pictures |= {"photos": torch.cat(starts["strongest"]), "one": pictures["random"]}
     values = {}
     for name, shown in pictures.items():
