@@ -40,6 +40,7 @@ from .metrics import (
 )
 from .mfv import (
     ActivationMaximizer,
+    AMResult,
     FacetClusterer,
     FacetGallery,
     Octave,
@@ -87,6 +88,7 @@ from .targets import (
 
 __all__ = [
     "CAM",
+    "AMResult",
     "AUHeatmap",
     "ActivationMaximizer",
     "AlignedClassifier",
