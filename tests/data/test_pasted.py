@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from classact.data.pasted import pasted_photos, photo_part
+from classact.data.imagenet_sample import photo_part
+from classact.data.pasted import pasted_photos
 
 
 def test_pasted_photos_are_where_their_boxes_say(real_data):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from classact.data.bag_files import DataError
-from classact.data.collages import PARTS, _cover, photo_collages
+from classact.data.collages import _cover, photo_collages
+from classact.data.imagenet_sample import PARTS
 from classact.data.lite0 import LAYER, efficientnet_lite0
 from classact.data.scenes import garment_scenes
 

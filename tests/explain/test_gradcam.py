@@ -772,3 +772,50 @@ def test_bad_probe_sets():
         NeuronNames().fit(Units(), "nowhere", masks.float(), masks)
     with pytest.raises(ValueError, match="one entry per unit, 2, got 1"):
         textual_explanation(torch.zeros(1, 2), ["bed"])
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 5))
+
+
+def test_a_callable_that_knows_each_sample_finds_its_layer():
+    model, x, labels = small(), torch.rand(3, 3, 8, 8), torch.tensor([4, 0, 2])
+    with GradCAM(model) as cam:
+        maps = cam(x, lambda output: output[torch.arange(3), labels])
+    assert cam.layers == ["1"]
+    torch.testing.assert_close(maps, GradCAM(model, "1")(x, labels))
+    assert GradCAM(model)(x, labels.tolist()).shape == (3, 8, 8)
+
+
+def test_the_first_module_may_work_in_place():
+    model = nn.Sequential(nn.ReLU(inplace=True), *small())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(GradCAM(model)(x.clone(), 1), GradCAM(model, "2")(x, 1))
+
+
+def test_maps_under_autocast_are_those_of_full_precision_formulas():
+    model, x = small(), torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = GradCAM(model, "1").raw(x, 1)
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps, GradCAM(model, "1").raw(x, 1), atol=2e-2, rtol=5e-2)
+
+
+@pytest.mark.bare
+def test_targets_made_in_inference_mode_and_single_images():
+    model, x = small(), torch.rand(2, 3, 8, 8)
+    with torch.inference_mode():
+        maps = GradCAM(model, "1")(x, torch.tensor([1, 2]))
+    torch.testing.assert_close(maps, GradCAM(model, "1")(x, torch.tensor([1, 2])))
+    with pytest.raises(ValueError, match=r"x must be a batch, .* got one sample \(3, 8, 8\): pass x.unsqueeze\(0\)"):
+        GradCAM(model, "1")(x[0], 1)
+
+
+def test_a_map_that_is_not_a_number_stays_one():
+    from classact.explain import normalize_map
+
+    maps = normalize_map(torch.stack([torch.full((2, 2), torch.nan), torch.ones(2, 2), -torch.ones(2, 2)]))
+    assert maps[0].isnan().all()
+    assert maps[1].eq(1).all()
+    assert maps[2].eq(0).all()

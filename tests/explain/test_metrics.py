@@ -215,3 +215,34 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_callable_that_knows_each_sample_is_followed_in_their_order():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 4))
+    x, maps, labels = torch.rand(3, 3, 8, 8), torch.rand(3, 8, 8), torch.tensor([2, 0, 3])
+
+    def each(output):
+        return output.softmax(1)[torch.arange(3), labels]
+
+    for measure in (insertion, deletion):
+        by_class = measure(model, x, maps, labels, steps=5, batch_size=4)
+        torch.testing.assert_close(measure(model, x, maps, each, steps=5, batch_size=4), by_class)
+    expected = occlusion_map(model, x, labels, 4, 2, batch_size=5)
+    found = occlusion_map(model, x, lambda output: output[torch.arange(3), labels], 4, 2, batch_size=5)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.bare
+def test_a_dict_of_logits_is_named():
+    class Dict(torch.nn.Module):
+        def forward(self, x):
+            return {"logits": x.mean((2, 3))}
+
+    with pytest.raises(TypeError, match="the model returned a dict with logits"):
+        deletion(Dict(), torch.rand(2, 3, 8, 8), torch.rand(2, 8, 8), 1)
+
+
+def test_rank_correlation_takes_half_precision():
+    a = torch.rand(2, 6, 6)
+    assert rank_correlation(a.bfloat16(), a).min() > 0.99

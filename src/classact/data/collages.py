@@ -2,17 +2,12 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from classact.data.bag_files import DataError
-from classact.data.photos import read_photo
-from classact.data.registry import data_folder
-
-FOLDER, PARTS = "imagenet-sample", 12
+from classact.data.imagenet_sample import photo_part
 
 
 class Collages(NamedTuple):
@@ -52,17 +47,7 @@ def photo_collages(part: int, size: int = 224) -> Collages:
     DataError
         If the folder ``imagenet-sample`` of JPEG files named ``<class index>_...jpg`` is not in the data folder.
     """
-    if part not in range(PARTS):
-        raise ValueError(f"part must be from 0 to {PARTS - 1}, got {part}")
-    files = sorted((data_folder() / FOLDER).glob("*.jpg"))
-    if not files:
-        raise DataError(
-            f"{data_folder() / FOLDER}: no JPEG files; a sample of ImageNet photographs named <class index>_*.jpg goes"
-            " there"
-        )
-    chosen = np.random.default_rng(0).permutation(len(files))[part::PARTS]
-    photos = [torch.from_numpy(read_photo(files[i])).permute(2, 0, 1).float() / 255 for i in chosen]
-    labels = torch.tensor([int(files[i].name.split("_")[0]) for i in chosen])
+    photos, labels = photo_part(part)
     n, half = len(photos), size // 2
     images, masks = torch.empty(n, 3, size, size), torch.zeros(n, 2, size, size, dtype=torch.bool)
     for number in range(n):

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from classact.data.bag_files import DataError
-from classact.data.photos import read_photo
-from classact.data.registry import data_folder
+from classact.data.imagenet_sample import photo_part
 
-FOLDER, PARTS = "imagenet-sample", 12
 COARSE = 7  # the background has been reduced to so many pixels a side, and enlarged again
 
 
@@ -35,29 +32,6 @@ class PastedPhotos(NamedTuple):
     classes: Int[Tensor, "n"]
     boxes: Int[Tensor, "n k 4"]
     masks: Bool[Tensor, "n k S S"]
-
-
-def photo_part(part: int) -> tuple[list[Tensor], Tensor]:
-    """Photographs (3, h, w) in [0, 1] of one of 12 disjoint parts of a sample of ImageNet, and their classes (n,).
-
-    Raises
-    ------
-    ValueError
-        If there is no such part.
-    DataError
-        If the folder ``imagenet-sample`` of JPEG files named ``<class index>_...jpg`` is not in the data folder.
-    """
-    if part not in range(PARTS):
-        raise ValueError(f"part must be from 0 to {PARTS - 1}, got {part}")
-    files = sorted((data_folder() / FOLDER).glob("*.jpg"))
-    if not files:
-        raise DataError(
-            f"{data_folder() / FOLDER}: no JPEG files; a sample of ImageNet photographs named <class index>_*.jpg goes"
-            " there"
-        )
-    chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[part::PARTS]]
-    photos = [torch.from_numpy(read_photo(file)).permute(2, 0, 1).float() / 255 for file in chosen]
-    return photos, torch.tensor([int(file.name.split("_")[0]) for file in chosen])
 
 
 def pasted_photos(

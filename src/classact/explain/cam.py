@@ -170,9 +170,12 @@ class CAM:
 
     def _forward(self, x: Tensor, target: Target) -> tuple[Any, list[Tensor], list[Layout | Reshape]]:
         """The output, the recorded layers, and what brings each into the form (N, K, *S)."""
+        _check_batched(self.model, x)
         if not self.layers:
-            score = (lambda output: target_scores(output, _first(target), 1).sum(1)) if self.needs_gradient else None
-            self.layers = [find_layer(self.model, x, score)]
+            # one sample is enough, unless a callable knows something of each
+            sample, goal = (x, target) if callable(target) else (x[:1], _first(target))
+            score = (lambda output: target_scores(output, goal, len(sample)).sum(1)) if self.needs_gradient else None
+            self.layers = [find_layer(self.model, sample, score)]
         modules = [find_module(self.model, name)[1] for name in self.layers]
         with recorded(modules, gradients=self.needs_gradient) as found:
             output = self.model(x)
@@ -209,6 +212,15 @@ def check_input(x: Tensor) -> Tensor:
     return x.detach()
 
 
+def _check_batched(model: nn.Module, x: Tensor) -> None:
+    """Refuse a single image (C, H, W), which would pass for a batch of series."""
+    convolution = next((part for part in model.modules() if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if convolution is None or x.ndim != len(convolution.kernel_size) + 1:
+        return
+    if x.shape[0] == convolution.in_channels != x.shape[1]:
+        raise ValueError(f"x must be a batch, (N, C, ...); got one sample {tuple(x.shape)}: pass x.unsqueeze(0)")
+
+
 def _single(part: Tensor) -> Tensor:
     """At least float32: products of gradients vanish in half precision."""
     return part if part.dtype == torch.float64 else part.float()
@@ -220,9 +232,7 @@ def _several(target: Target) -> bool:
 
 def _first(target: Target) -> Target:
     """The target of the first sample."""
-    if isinstance(target, Tensor) and target.ndim:
-        return target[:1]
-    return list(target)[:1] if isinstance(target, Sequence) else target
+    return target if target is None or isinstance(target, int) else torch.as_tensor(target).reshape(-1)[:1]
 
 
 def _gradients(score: Tensor, features: list[Tensor], names: list[str], *, retain: bool) -> list[Tensor]:

@@ -14,7 +14,13 @@ def frozen(*models: nn.Module | object) -> Iterator[None]:
     """
     modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
     training = [(part, part.training) for part in modules]
-    wanted = [p for model in models if isinstance(model, nn.Module) for p in model.parameters() if p.requires_grad]
+    wanted = [
+        parameter
+        for model in models
+        if isinstance(model, nn.Module)
+        for parameter in model.parameters()
+        if parameter.requires_grad and not parameter.is_inference()  # such a one cannot be changed
+    ]
     try:
         for part in modules:
             part.training = False

@@ -227,7 +227,7 @@ def recorded(modules: Sequence[nn.Module], *, gradients: bool) -> Iterator[list[
 
 
 def find_layer(model: nn.Module, x: Tensor, score: Callable[[Any], Tensor] | None = None) -> str:
-    """Name of the last layer with a map of positions before pooling, found in one traced pass of the first sample.
+    """Name of the last layer with a map of positions before pooling, found in one traced pass.
 
     Outputs of pooling layers do not count. With `score` the positions of the map must receive a gradient of it: in a
     vision transformer that classifies from its class token this leads to the normalisation before the last attention,
@@ -265,7 +265,8 @@ def find_layer(model: nn.Module, x: Tensor, score: Callable[[Any], Tensor] | Non
             if name:
                 handles.append(module.register_forward_hook(watch(name)))
         with torch.set_grad_enabled(score is not None):
-            output = model(x[:1].detach().requires_grad_(score is not None))
+            # a copy, since the first module may work in place
+            output = model(x.detach().requires_grad_(score is not None).clone())
             total = None if score is None else score(output).sum()
     finally:
         for handle in handles:
@@ -273,7 +274,7 @@ def find_layer(model: nn.Module, x: Tensor, score: Callable[[Any], Tensor] | Non
     spatial, patches = tuple(x.shape[2:]), patch_grid(model, x.shape[2:])
     candidates: dict[int, tuple[str, Tensor, Layout]] = {}
     for name, module, tensor in reversed(calls):
-        if id(tensor) in pooled or id(tensor) in candidates or len(tensor) != 1:
+        if id(tensor) in pooled or id(tensor) in candidates or len(tensor) != len(x):
             continue
         try:
             layout = find_layout(tensor, spatial, layer=module, patches=patches)

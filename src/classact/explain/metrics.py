@@ -100,14 +100,15 @@ def _removal(
     rank = rank.view_as(maps).unsqueeze(1)
     first, second = (other, x) if insert else (x, other)
     shares = torch.linspace(0, 1, steps + 1)
-    pairs = [(n, s) for n in range(len(x)) for s in range(steps + 1)]
+    pairs = [(n, s) for s in range(steps + 1) for n in range(len(x))]
     values = []
+    batch_size = _batch(settled, x, batch_size)
     for start in range(0, len(pairs), batch_size):
         rows, step = torch.tensor(pairs[start : start + batch_size]).T
         count = (shares[step] * rank[0].numel()).round().view(-1, 1, 1, 1).to(rank.device)
         changed = torch.where(rank[rows] < count, second[rows], first[rows])
         values.append(probabilities(model, changed, _rows(settled, rows)))
-    curve = torch.cat(values).view(len(x), steps + 1)
+    curve = torch.cat(values).view(steps + 1, len(x)).T
     return Curve(torch.trapezoid(curve, dx=1 / steps, dim=1), shares, curve)
 
 
@@ -131,7 +132,7 @@ def settled_target(model: Model, x: Tensor, target: Target) -> Tensor | Score:
     if callable(target) and not isinstance(target, Tensor):
         return target
     with torch.no_grad(), frozen(model):
-        index = settle_target(model(x) if target is None else model(x[:1]).expand(len(x), -1), target, len(x))
+        index = settle_target(model(x), target, len(x))
     assert isinstance(index, Tensor)
     if index.shape[1] > 1:
         raise ValueError("target must be one class per image")
@@ -148,6 +149,11 @@ def probabilities(model: Model, x: Tensor, target: Tensor | Score) -> Tensor:
         positive = output.reshape(-1).sigmoid()
         return torch.where(target == 1, positive, 1 - positive)
     return output.softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def _batch(target: Tensor | Score, x: Tensor, batch_size: int) -> int:
+    """A callable target sees all images in their order, since it may know something of each."""
+    return batch_size if isinstance(target, Tensor) else len(x)
 
 
 def _rows(target: Tensor | Score, rows: Tensor) -> Tensor | Score:
@@ -306,7 +312,8 @@ def occlusion_map(
         raise ValueError(f"patch must fit into {tuple(x.shape[2:])} and stride be positive, got {patch} and {stride}")
     settled = settled_target(model, x, target)
     tops, lefts = (range(0, size - patch + 1, stride) for size in x.shape[2:])
-    spots = [(n, r, c) for n in range(len(x)) for r in tops for c in lefts]
+    spots = [(n, r, c) for r in tops for c in lefts for n in range(len(x))]
+    batch_size = _batch(settled, x, batch_size)
     fills = torch.as_tensor(fill, dtype=x.dtype, device=x.device).view(-1, 1, 1)
     drops = []
     whole = _scores(model, x, settled)
@@ -317,7 +324,7 @@ def occlusion_map(
         for number, (_, r, c) in enumerate(part):
             covered[number, :, r : r + patch, c : c + patch] = fills
         drops.append(whole[rows] - _scores(model, covered, _rows(settled, rows)))
-    return torch.cat(drops).view(len(x), len(tops), len(lefts))
+    return torch.cat(drops).view(len(tops), len(lefts), len(x)).permute(2, 0, 1)
 
 
 def _scores(model: Model, x: Tensor, target: Tensor | Score) -> Tensor:
@@ -353,7 +360,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's rank correlation (N,) of two batches of maps (N, ...), ties by mean rank; 0 if one is constant."""
     from scipy.stats import rankdata
 
-    ranks = [torch.from_numpy(rankdata(part.detach().cpu().flatten(1).numpy(), axis=1)) for part in (a, b)]
+    ranks = [torch.from_numpy(rankdata(part.detach().cpu().double().flatten(1).numpy(), axis=1)) for part in (a, b)]
     ra, rb = (r - r.mean(1, keepdim=True) for r in ranks)
     size = ra.norm(dim=1) * rb.norm(dim=1)
     return torch.where(size > 0, (ra * rb).sum(1) / torch.where(size > 0, size, 1), 0).float()

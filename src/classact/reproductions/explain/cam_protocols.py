@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classact.data.imagenet_sample import photo_part
 from classact.data.lite0 import efficientnet_lite0
 from classact.data.networks import Preprocess
-from classact.data.pasted import photo_part
 from classact.explain.cam import normalize_map, upsample_map
 from classact.explain.metrics import box_iou, boxes_from_map, deletion, insertion
 
