@@ -12,10 +12,6 @@ Settings chosen after pilots (seeds 0 to 3):
 
 - the blur, of 1 to 4 pixels for scenes and 4 to 32 for photographs, by the boxes and the hits of the blurred gradients;
 - the positive part of guided gradients rather than their size;
-- that boxes of blurred guided backpropagation, which were better than Grad-CAM's, do not decide the central claim: the
-  paper's table of boxes has plain gradients only;
-- that the ratio of a word's evidence inside and outside its garment does not decide against guided backpropagation,
-  whose ratio was higher in the first pilot;
 - the initial values of the question's gate, and all questions about a scene in one step, else nothing is learnt;
 - the tag in any of the four corners: Grad-CAM often misses one that is always in the same place (`fixed_corner`): its
   weights are means over all positions, while a fully connected head may read a feature in one place only;
