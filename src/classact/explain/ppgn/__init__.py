@@ -1,5 +1,4 @@
-"""PPGN: plug and play generative networks, https://arxiv.org/abs/1612.00005."""
+"""PPGN: plug and play generative networks, https://arxiv.org/abs/1612.00005.
 
-import lazy_loader as _lazy
-
-__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+``sampler`` has the five samplers and what they are made of; ``networks`` and ``training`` make a generator for them.
+"""
