@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-PILOT_PART, FIT_PART = (
-    10,
-    11,
-)  # photographs of pilots, and those on which thresholds are fitted; parts 0 to 9 are evidence
+PILOT_PART, FIT_PART = 10, 11  # photographs of pilots, and those to fit thresholds on; parts 0 to 9 are evidence
 REMOVED, STEPS = 6, 6  # photographs and portions of the removal curves
 
 
@@ -111,15 +108,16 @@ def evidence_part(seed: int) -> int:
 
 
 def plain_photos(seed: int, scale: str) -> Tensor:
-    """Some photographs (N, 3, 224, 224) of a seed's part, cut to the central square."""
+    """Some photographs (N, 3, 224, 224) of a seed's part, cut to the centre; one of 96 pixels for smoke tests."""
     photos, _ = photo_part(evidence_part(seed))
+    n, canvas = (1, 96) if scale == "smoke" else (REMOVED, 224)
     cut = []
-    for photo in photos[: 1 if scale == "smoke" else REMOVED]:
+    for photo in photos[:n]:
         side = min(photo.shape[1:])
         top, left = ((length - side) // 2 for length in photo.shape[1:])
         square = photo[None, :, top : top + side, left : left + side]
         cut.append(
-            F.interpolate(square, (224, 224), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+            F.interpolate(square, (canvas, canvas), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
         )
     return torch.stack(cut)
 

@@ -121,9 +121,9 @@ def class_maps(model: nn.Module, layer: str, x: Tensor, true: Tensor) -> tuple[d
 def run_scenes(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     """Boxes of single garments, for right, wrong and attacked predictions."""
     smoke = scale == "smoke"
-    network = train_scene_classifier(seed, 600 if smoke else TRAIN, 2 if smoke else EPOCHS)
-    fit = garment_scenes(40 if smoke else FIT, seed + 10_000, "train", objects=1, size=SIZE)
-    test = garment_scenes(60 if smoke else TEST, seed, "test", objects=1, size=SIZE)
+    network = train_scene_classifier(seed, 300 if smoke else TRAIN, 1 if smoke else EPOCHS)
+    fit = garment_scenes(20 if smoke else FIT, seed + 10_000, "train", objects=1, size=SIZE)
+    test = garment_scenes(30 if smoke else TEST, seed, "test", objects=1, size=SIZE)
     boxes, true = test.boxes[:, 0], test.classes[:, 0]
     fitted, _ = class_maps(network, LAYER, fit.images, fit.classes[:, 0])
     fractions = {arm: fit_box_fraction(maps, fit.boxes[:, 0]) for arm, maps in fitted.items()}
@@ -191,13 +191,13 @@ def run_photos(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     """Boxes of pasted photographs, before and after attacks."""
     network = photo_network()
     fit, test = pasted_photos(FIT_PART, 0), pasted_photos(evidence_part(seed), seed)
-    keep = slice(2 if scale == "smoke" else None)
+    keep, steps = (slice(2), 2) if scale == "smoke" else (slice(None), 8)
     x, boxes, true = test.images[keep], test.boxes[keep, 0], test.classes[keep]
     fitted, _ = class_maps(network, PHOTO_LAYER, fit.images[keep], fit.classes[keep])
     maps, predicted = class_maps(network, PHOTO_LAYER, x, true)
     attacked = {
-        "deepfool": deepfool(network, x, candidates=3, steps=8),
-        "pgd": projected_descent(network, x, predicted, steps=4),
+        "deepfool": deepfool(network, x, candidates=3, steps=steps),
+        "pgd": projected_descent(network, x, predicted, steps=steps // 2),
     }
     found = {name: class_maps(network, PHOTO_LAYER, moved, true) for name, moved in attacked.items()}
     values: Values = {}
@@ -217,7 +217,7 @@ def run_photos(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
         "perturbation": float((change.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).median()),
         **{f"{name}_flipped": float((now != predicted).float().mean()) for name, (_, now) in found.items()},
     }
-    small = F.interpolate(test.images[:4], scale_factor=0.5, mode="area").permute(0, 2, 3, 1)
+    small = F.interpolate(x[:4], scale_factor=0.5, mode="area").permute(0, 2, 3, 1)
     arrays = {"images": (small * 255).round().to(torch.uint8).numpy(), "boxes": boxes[:4].numpy() // 2}
     for name, of in (("clean", maps), ("pgd", found["pgd"][0])):
         arrays |= {f"{name}_{arm}": as_bytes(of[arm][:4, ::2, ::2]) for arm in SHOWN}
@@ -237,7 +237,7 @@ def draw_photos(cells: Cells) -> "Figure":
         strips(axes, {arm: cells.metric(arm, metric) for arm in arms}, "overlap of boxes")
         axes.set_title(title, fontsize=10)
     arrays = next(iter(cells.arrays.values()))
-    grid = parts[1].subplots(4, 7)
+    grid = parts[1].subplots(len(arrays["images"]), 7, squeeze=False)
     titles = ("image", *SHOWN, *(f"{arm},\nattacked" for arm in SHOWN))
     for number, row in enumerate(grid):
         for column, axes in enumerate(row):

@@ -111,12 +111,12 @@ def sweep_arm(copies: int, sigma: float) -> str:
 def run_scenes(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     """Maps of every method on both kinds of scenes, single feature maps, and other amounts of noise."""
     smoke = scale == "smoke"
-    network = train_scene_classifier(seed, 600 if smoke else TRAIN, 2 if smoke else EPOCHS)
+    network = train_scene_classifier(seed, 300 if smoke else TRAIN, 1 if smoke else EPOCHS)
     values: Values = {}
     arrays: dict[str, np.ndarray] = {}
     for name, kind in SETS.items():
         fit = garment_scenes(10 if smoke else FIT, seed + 10_000, "train", **kind)
-        test = garment_scenes(20 if smoke else TEST, seed, "test", **kind)
+        test = garment_scenes(8 if smoke else TEST, seed, "test", **kind)
         classes = test.classes[:, 0]
         fitted, maps = (class_maps(network, part.images, part.classes[:, 0]) for part in (fit, test))
         for arm, found in maps.items():
