@@ -1,3 +1,4 @@
 from .selective_scan import selective_scan
+from .swap import Replacement, replace
 
-__all__ = ["selective_scan"]
+__all__ = ["Replacement", "replace", "selective_scan"]
