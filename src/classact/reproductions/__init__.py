@@ -159,8 +159,8 @@ def _draw(experiment: Any, cells: Any, path: Path) -> None:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    small = io.BytesIO()  # a palette of 64 colours: a third of the bytes, and no difference to see
-    palette = Image.open(buffer).convert("RGB").quantize(64, method=Image.Quantize.MAXCOVERAGE)
+    small = io.BytesIO()  # a palette of 128 colours: a third of the bytes, and no difference to see
+    palette = Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
     palette.save(small, format="png", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, small.getvalue())
