@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from classact.explain.report import ExplainReport
 
-SIDE = 260
+SIDE = 228  # five pictures in a row
 SHOWN = 60
 STYLE = """
 :root{--ink:#1b1f24;--soft:#5c6670;--line:#d9dee3;--bad:#a33a1a;--good:#1d6b3c;--card:#fff;--back:#f4f6f8}
@@ -22,8 +22,8 @@ STYLE = """
 *{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1280px;margin:0 auto;padding:28px 20px 60px}h1{font-size:25px;margin:0 0 4px}h2{font-size:18px;margin:0}
 p{margin:6px 0}.soft{color:var(--soft)}.card{background:var(--card);border:1px solid var(--line);border-radius:8px;
-padding:16px 18px;margin:16px 0}.row{display:flex;flex-wrap:wrap;gap:14px;margin-top:12px}figure{margin:0;width:260px}
-figure img{display:block;width:260px;height:auto;border-radius:4px}figcaption{font-size:13px;margin-top:5px}
+padding:16px 18px;margin:16px 0}.row{display:flex;flex-wrap:wrap;gap:14px;margin-top:12px}figure{margin:0;width:228px}
+figure img{display:block;width:228px;height:auto;border-radius:4px}figcaption{font-size:13px;margin-top:5px}
 table{border-collapse:collapse;margin-top:8px;font-size:14px}th,td{text-align:right;padding:4px 12px 4px 0;
 border-bottom:1px solid var(--line)}th:first-child,td:first-child{text-align:left}.scroll{overflow-x:auto}
 .flag{color:var(--bad);font-size:13px;display:block}.fine{color:var(--good);font-size:13px;display:block}
@@ -32,10 +32,15 @@ border-bottom:1px solid var(--line)}th:first-child,td:first-child{text-align:lef
 
 
 def overlay(image: Tensor, one: Tensor, strength: float = 0.6) -> np.ndarray:
-    """A map (H, W) in colour over its image (3, H, W) in grey, stronger where the map is: (H, W, 3), all in [0, 1]."""
+    """A map (H, W) in colour over its image (3, H, W) in grey, stronger where the map is: (H, W, 3), all in [0, 1].
+
+    Full colour begins at the 99.5th percentile: a few pixels of a sharp map would else leave the others invisible.
+    """
     import matplotlib as mpl
 
     values = one.clamp(0, 1).numpy()
+    if (bright := np.quantile(values, 0.995)) > 0:
+        values = np.minimum(values / bright, 1)
     colour = mpl.colormaps["inferno"](0.15 + 0.85 * values)[..., :3]
     grey = image.mean(0).numpy()[..., None].repeat(3, axis=2)
     alpha = strength * np.sqrt(values)[..., None]
