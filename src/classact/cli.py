@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from classact.catalogue import Entry
 
@@ -467,6 +467,80 @@ def compare_cams(
         for line in found.summary:
             print(line)
         print(f"Also there: cams.csv, predictions.csv, maps/, overlays/ in {out}/")
+
+
+SLOTS = {
+    "activations": "Compare activations: the same network with ReLU, GELU, SiLU, CRReLU, ... or your own.",
+    "norms": "Compare normalisations: the same network with batch, group, layer norm, EvoNorm, ... or your own.",
+    "linear": "Compare linear layers with Kolmogorov-Arnold layers, or your own.",
+    "attention": "Compare attention in the same vision transformer: softmax, Kolmogorov-Arnold attention, or your own.",
+}
+
+
+def _compare_part(slot: str) -> "Callable[..., None]":
+    def run(
+        data: Annotated[
+            str,
+            typer.Argument(
+                help="digits, torchvision:CIFAR10:ROOT, a folder of IDX files or of images in class folders, a .csv, "
+                ".parquet or .npz file."
+            ),
+        ] = "digits",
+        methods: Annotated[str | None, typer.Option(help="Comma-separated; yours as package.module:factory.")] = None,
+        backbone: Annotated[
+            str | None, typer.Option(help="mlp, cnn, vit, timm:NAME or package.module:factory.")
+        ] = None,
+        width: Annotated[int | None, typer.Option(help="Of mlp (units), cnn (channels), vit (hidden units).")] = None,
+        match: Annotated[
+            str, typer.Option(help="What is equal: width, params, flops, time; several give several tables.")
+        ] = "width,params",
+        seeds: Annotated[int, typer.Option(help="Trainings of every arm.")] = 5,
+        tune: Annotated[int, typer.Option(help="Learning rates in the grid of every arm.")] = 5,
+        epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 10,
+        batch_size: Annotated[int, typer.Option(help="Items per step.")] = 128,
+        weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-2,
+        label: Annotated[str | None, typer.Option(help="Column of a table that holds the classes.")] = None,
+        size: Annotated[int, typer.Option(help="Side to which images of a folder are reduced.")] = 64,
+        device: DeviceOption = "cpu",
+        workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+        out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    ) -> None:
+        with _plain_errors():
+            from classact.evidence.part_report import rich_table
+            from classact.tasks.parts import compare_parts
+
+            _import_from_here()
+            found = compare_parts(
+                slot,
+                data,
+                None if methods is None else _names(methods),
+                backbone=backbone,
+                width=width,
+                match=_names(match),
+                seeds=seeds,
+                tune=tune,
+                epochs=epochs,
+                batch_size=batch_size,
+                weight_decay=weight_decay,
+                label=label,
+                size=size,
+                out=out,
+                workers=workers,
+                device=device,
+                command=_command(),
+            )
+            console = _console()
+            console.print(rich_table(found))
+            for line in found.summary:
+                console.print(line, markup=False, soft_wrap=True)
+            print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+            print(f"Also there: results.csv, cells.csv, table.tex in {out}/")
+
+    return run
+
+
+for _slot, _help in SLOTS.items():
+    compare_app.command(_slot, help=_help)(_compare_part(_slot))
 
 
 def _names(text: str) -> list[str]:
