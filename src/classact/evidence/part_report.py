@@ -139,10 +139,9 @@ def cost_figure(found: PartComparison) -> "Figure":
         strict=True,
     ):
         if len(curve) > 1:
-            points = sorted(curve, key=lambda row: getattr(row, name))
             axes.plot(
-                [getattr(row, name) for row in points],
-                [row.accuracy.effect for row in points],
+                [getattr(row, name) for row in curve],
+                [row.accuracy.effect for row in curve],
                 color="0.6",
                 marker=".",
                 label=f"{found.original} at {len(curve)} widths",
