@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import classact
+import classact.catalogue
 from classact.saving import PACKAGES
 
 ROOT = Path(classact.__file__).parents[2]
