@@ -400,7 +400,7 @@ def test_estimators_are_scikit_learns():
 
     from classact.nn.skan_estimators import SKANClassifier, SKANRegressor
 
-    settings = {"steps": 40, "pool": ["rbf", "chebyshev"], "hidden": (4,), "lr": 0.05, "random_state": 0}
+    settings = {"steps": 40, "pool": ["rbf", "chebyshev"], "hidden": (4,), "lr": 0.03, "random_state": 0}
     for estimator in (SKANRegressor(**settings), SKANClassifier(**settings)):
         check_estimator(estimator)
 

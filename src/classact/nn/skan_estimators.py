@@ -53,7 +53,7 @@ class _SKANEstimator(BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = SKAN([x.shape[1], *self.hidden, outputs], self.pool, self.select, self.keep, norm=self.norm)
-            self.network_, self.history_ = fit_skan(
+            network, self.history_ = fit_skan(
                 network,
                 data,
                 data if self.selection == "validation" else None,
@@ -65,6 +65,8 @@ class _SKANEstimator(BaseEstimator):
                 selection=self.selection,
                 seed=seed,
             )
+        # one row at a time and many at once must give the same numbers, which float32 products do not quite
+        self.network_ = network.double()
         self.n_iter_ = self.steps
 
     def _scaled(self, x: np.ndarray) -> Tensor:
@@ -74,8 +76,7 @@ class _SKANEstimator(BaseEstimator):
         check_is_fitted(self, "network_")
         table = validate_data(self, x, reset=False, dtype=np.float64)
         with torch.inference_mode():
-            # one row at a time and many at once must give the same numbers, which float32 products do not quite
-            outputs: Tensor = self.network_.double()(self._scaled(table).double())
+            outputs: Tensor = self.network_(self._scaled(table).double())
         return outputs
 
 
@@ -96,7 +97,7 @@ class SKANRegressor(RegressorMixin, _SKANEstimator):
     Attributes
     ----------
     network_ : SKAN
-        The pruned network, for inputs scaled to [-1, 1] and a target of mean 0 and deviation 1.
+        The pruned network in double precision, for inputs scaled to [-1, 1] and a target of mean 0 and deviation 1.
     history_ : SKANHistory
         How the training went.
 
@@ -132,7 +133,7 @@ class SKANClassifier(ClassifierMixin, _SKANEstimator):
     classes_ : (C,)
         Labels, in the order of the network's outputs.
     network_ : SKAN
-        The pruned network, for inputs scaled to [-1, 1].
+        The pruned network in double precision, for inputs scaled to [-1, 1].
     history_ : SKANHistory
         How the training went.
     """

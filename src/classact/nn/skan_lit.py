@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classact.nn.skan import Selection, cosine_decay, drop_spaces, plan_stages, prune_spaces
+from classact.nn.skan import Selection, drop_spaces, plan_stages, prune_spaces, rate_factor
 
 try:
     import lightning.pytorch as pl
@@ -19,8 +19,8 @@ except ModuleNotFoundError as error:  # pragma: no cover - depends on the instal
 class SKANModule(pl.LightningModule):
     """The three stages of S-KAN as a Lightning module, for any network that holds layers of S-KAN.
 
-    The trainer's number of steps is split into stages. In the third one the gates leave only the chosen spaces, and
-    optimiser and learning rate start anew; the unused coefficients are deleted by ``prune``, after the training, so
+    The trainer's number of steps is split into stages. In the third one the gates leave only the chosen spaces, and the
+    optimiser starts anew; the unused coefficients are deleted by ``prune``, after the training, so
     that checkpoints of all stages have the same tensors. ``val_loss`` is infinite before the third stage: whoever
     keeps the best epoch keeps one of a network that can be pruned without a change.
 
@@ -53,17 +53,12 @@ class SKANModule(pl.LightningModule):
         self.stages, self.selection = stages, selection
 
     def configure_optimizers(self) -> Any:
-        """AdamW with half a cosine over the first two stages, and another one over the third."""
+        """AdamW; the learning rate falls in the third stage."""
         total = int(self.trainer.estimated_stepping_batches)
         self.plan = plan_stages(self.model, total, self.stages)
-        prune = self.plan.prune
-
-        def rate(step: int) -> float:
-            return cosine_decay(step, prune) if step < prune else cosine_decay(step - prune, total - prune)
-
         optimizer = torch.optim.AdamW(self.model.parameters(), self.lr, weight_decay=self.weight_decay)
-        cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, self.plan.prune, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def on_train_batch_start(self, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001, ARG002, RUF100
         """Drop spaces, and forget the optimiser's moments, where the plan says so."""

@@ -53,9 +53,9 @@ def train(
     flat = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": wide, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
     optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(groups, rate)
+        torch.optim.AdamW(groups, rate, fused=True)
         if momentum is None
-        else torch.optim.SGD(groups, rate, momentum=momentum, nesterov=True)
+        else torch.optim.SGD(groups, rate, momentum=momentum, nesterov=True, fused=True)
     )
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * -(-len(x) // batch))
     generator = torch.Generator().manual_seed(seed)
