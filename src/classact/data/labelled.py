@@ -179,15 +179,17 @@ def _photos(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     classes = class_folders(folder, files)
     if classes is None:
         raise DataError(f"{folder}: expected images in class folders, as {folder.name}/CLASS/image.jpg")
-    x = np.empty((len(files), 3, size, size), np.float32)
-    for number, file in enumerate(files):
-        photo = torch.from_numpy(read_photo(file)).permute(2, 0, 1).float() / 255
-        side = min(photo.shape[1:])
-        top, left = ((length - side) // 2 for length in photo.shape[1:])
-        square = photo[None, :, top : top + side, left : left + side]
-        reduced = F.interpolate(square, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        x[number] = reduced[0].clamp(0, 1)
-    return x, np.array(classes)
+    return np.stack([read_square(file, size) for file in files]), np.array(classes)
+
+
+def read_square(file: Path, size: int) -> np.ndarray:
+    """Middle square of a photograph, reduced to (3, size, size), in [0, 1]."""
+    photo = torch.from_numpy(read_photo(file)).permute(2, 0, 1).float() / 255
+    side = min(photo.shape[1:])
+    top, left = ((length - side) // 2 for length in photo.shape[1:])
+    square = photo[None, :, top : top + side, left : left + side]
+    reduced = F.interpolate(square, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return reduced[0].clamp(0, 1).numpy()
 
 
 def _archive(path: Path) -> Labelled:
