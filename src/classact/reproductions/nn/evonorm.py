@@ -6,14 +6,17 @@ the better of two learning rates on a validation part, 0.1 and 0.2 or 0.005 and 
 with SiLU show what the smoother activation alone gives, which the S layers contain. The noise on the gratings was set
 after pilots (seeds 0 and 1), with less of which every layer reached 0.97 in large batches. Rejection: 100 random graphs
 in each seed on images of 7 x 7 pixels, tested with the paper's 100 steps, threshold and bound; three of the kept and
-three of those below the threshold are then trained three times as long. Search: images of 7 x 7 pixels, 6 random
-layers, then 16 more by evolution on two anchors or one (a quarter of the children random), or at random; the best layer
-of each is trained in a third network, which no search has seen, on more images. Steps are few: 20 for quality, 10 for
-stability and 40 for scores. Random search needs far more tests for as many scored layers; `random_steps` is the best
-that it had found after as many steps of training as the search by Pareto fronts took in all. In pilots with half of the
-children random (seeds 0 to 4) evolution and random search mostly ended with the same layer, one of the first; hence the
-quarter. With 24 generations evolution did better than random search in one pilot (seed 1) and worse in the other (seed
-3).
+three of those below the threshold are then trained three times as long. Search: images of 7 x 7 pixels, 8 random
+layers, then 22 more by evolution on two anchors or one, or at random; the best layer of each is trained in a third
+network, which no search has seen, on more images. Steps are few: 20 for quality, 10 for stability and 40 for scores.
+Random search needs far more tests for as many scored layers; `random_steps` is the best that it had found after as many
+steps of training as the search by Pareto fronts took in all.
+
+The share of random children was lowered twice. With half of them random (pilots, seeds 0 to 4) evolution and random
+search mostly ended with the same layer, one of the first. With a quarter, 6 random layers and 16 more, run on the seeds
+100 to 104, evolution was no better than random search (-0.004, interval -0.045 to 0.037). With none (pilots, seeds 0 to
+3) the search by Pareto fronts was better in all four, that by averages in two. The seeds of the search are therefore
+new ones, 105 to 109.
 """
 
 from collections.abc import Callable
@@ -222,8 +225,8 @@ def run_search(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     two: dict[str, Anchor] = {"plain": partial(plain_network, widths=(8, 16)), "residual": residual_network}
     one = {"plain": two["plain"]}
     options: dict[str, Any] = {
-        "generations": 1 if few else 16,
-        "population": 2 if few else 6,
+        "generations": 1 if few else 22,
+        "population": 2 if few else 8,
         "tournament_frac": 0.3,
         "groups": 4,
         "steps": 3 if few else 40,
@@ -235,9 +238,9 @@ def run_search(seed: int, scale: str) -> tuple[Values, dict[str, np.ndarray]]:
     }
     found: dict[str, SearchResult] = {}
     shared: dict[str, Any] = {}
-    for arm, winner, p_random in (("pareto", "pareto", 0.25), ("average", "average", 0.25), ("random", "average", 1.0)):
+    for arm, winner, p_random in (("pareto", "pareto", 0.0), ("average", "average", 0.0), ("random", "average", 1.0)):
         found[arm] = evolve_layers(two, data, winner=winner, p_random=p_random, cache=shared, **options)  # type: ignore[arg-type]
-    found["single"] = evolve_layers(one, data, winner="average", p_random=0.25, **options)
+    found["single"] = evolve_layers(one, data, winner="average", p_random=0.0, **options)
     unseen = partial(residual_network, separable=True)
     final: dict[str, Any] = {"groups": 4, "batch": 64, "seed": seed}
     steps = 3 if few else 150
@@ -302,5 +305,5 @@ EXPERIMENTS = {
     "gratings": Experiment(partial(run_batches, draw=gratings), SEEDS, draw_batches),
     "garments": Experiment(partial(run_batches, draw=partial(garments, pool=2)), SEEDS, draw_batches),
     "rejection": Experiment(run_rejection, SEEDS, draw_rejection),
-    "search": Experiment(run_search, {**SEEDS, "cpu": range(100, 105)}, draw_search),
+    "search": Experiment(run_search, {**SEEDS, "cpu": range(105, 110)}, draw_search),
 }
