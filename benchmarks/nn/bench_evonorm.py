@@ -36,3 +36,16 @@ def test_beside_the_layers_that_they_replace(ratio):
         "EvoNorm-B0 / BatchNorm and ReLU", step(EvoNorm2d(C, "B0")), step(nn.Sequential(nn.BatchNorm2d(C), nn.ReLU()))
     )
     ratio("EvoNorm-S0 / GroupNorm and ReLU", step(EvoNorm2d(C)), step(nn.Sequential(nn.GroupNorm(32, C), nn.ReLU())))
+
+
+@pytest.mark.parametrize("version", ["B0", "S0"])
+def test_memory_beside_the_layers_that_they_replace(capsys, version):
+    from classact.reproductions.nn.karat import kept_for_backward
+
+    x = torch.randn(N, C, S, S, requires_grad=True)
+    norm = nn.BatchNorm2d(C) if version == "B0" else nn.GroupNorm(32, C)
+    layers = EvoNorm2d(C, version), nn.Sequential(norm, nn.ReLU())
+    ours, theirs = (kept_for_backward(lambda one=one: one(x), one.parameters()) for one in layers)
+    with capsys.disabled():
+        print(f"\n  EvoNorm-{version} keeps {ours / theirs:.2f} times what {type(norm).__name__} and ReLU keep")
+    assert ours < 1.1 * theirs
