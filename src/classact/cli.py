@@ -543,6 +543,102 @@ for _slot, _help in SLOTS.items():
     compare_app.command(_slot, help=_help)(_compare_part(_slot))
 
 
+def _compare_discovery(task: str) -> "Callable[..., None]":
+    def run(
+        data: Annotated[
+            str,
+            typer.Argument(
+                help="digits, a .csv or .parquet table with gaps in the label column, or a folder of images in class "
+                "folders with one named unlabelled."
+            ),
+        ] = "digits",
+        methods: Annotated[str | None, typer.Option(help="Comma-separated; yours as package.module:factory.")] = None,
+        label: Annotated[str | None, typer.Option(help="Column of the table that holds the known classes.")] = None,
+        truth: Annotated[
+            str | None, typer.Option(help="For scoring only: column with all classes, or folder of class folders.")
+        ] = None,
+        novel: Annotated[int | None, typer.Option(help="Number of novel classes; by default estimated.")] = None,
+        reference: Annotated[str, typer.Option(help="Method that differences are taken to.")] = "kmeans",
+        seeds: Annotated[int, typer.Option(help="Fits of every method, each with other items held out.")] = 5,
+        tune: Annotated[int, typer.Option(help="Settings to draw per method, chosen on hidden known classes.")] = 0,
+        size: Annotated[int, typer.Option(help="Side to which images of a folder are reduced.")] = 32,
+        workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+        out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    ) -> None:
+        with _plain_errors():
+            from classact.evidence.discovery_report import rich_table
+            from classact.tasks.discovery import compare_discovery
+
+            _import_from_here()
+            found = compare_discovery(
+                task,
+                data,
+                None if methods is None else _names(methods),
+                label=label,
+                truth=truth,
+                n_novel=novel,
+                reference=reference,
+                seeds=seeds,
+                tune=tune,
+                size=size,
+                out=out,
+                workers=workers,
+                command=_command(),
+            )
+            console = _console()
+            console.print(rich_table(found))
+            for line in found.summary:
+                console.print(line, markup=False, soft_wrap=True)
+            print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+            print(f"Also there: results.csv, table.tex in {out}/")
+
+    return run
+
+
+DISCOVERY = {"ncd-table": "Find the classes of unlabelled rows of a table, with and without the true ones."}
+for _task, _help in DISCOVERY.items():
+    compare_app.command(_task, help=_help)(_compare_discovery(_task))
+
+
+@app.command()
+def discover(
+    data: Annotated[
+        str,
+        typer.Argument(help="digits, a .csv or .parquet table with gaps in the label column."),
+    ] = "digits",
+    method: Annotated[str, typer.Option(help="auto, or the name of a method.")] = "auto",
+    label: Annotated[str | None, typer.Option(help="Column of the table that holds the known classes.")] = None,
+    novel: Annotated[int | None, typer.Option(help="Number of novel classes; by default estimated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Fits to parts of the data, which give the confidence.")] = 5,
+    tune: Annotated[int, typer.Option(help="Settings to draw per method, chosen on hidden known classes.")] = 0,
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+) -> None:
+    """Find the classes of unlabelled rows, name them novel_1, novel_2, ..., and save the method for new ones."""
+    with _plain_errors():
+        from classact.tasks.discovery import discover_classes
+        from classact.tasks.found_report import novel_names
+
+        _import_from_here()
+        found = discover_classes(
+            data,
+            method,
+            label=label,
+            n_novel=novel,
+            seeds=seeds,
+            tune=tune,
+            out=out,
+            workers=workers,
+            command=_command(),
+        )
+        print(f"{found.method}: {found.why}.")
+        for name in novel_names(found):
+            mine = found.names == name
+            print(f"  {name:<10} {mine.sum():>6} items, mean confidence {found.confidence[mine].mean():.2f}")
+        print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+        print(f"Also there: labelled.csv, typical.csv, model.joblib in {out}/")
+
+
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 

@@ -39,7 +39,8 @@ def match_clusters(y_true: Any, y_pred: Any) -> dict[Any, Any]:
     table = np.zeros((len(classes), len(clusters)), int)
     np.add.at(table, (rows, columns), 1)
     matched = zip(*linear_sum_assignment(table, maximize=True), strict=True)
-    return {clusters[column].item(): classes[row].item() for row, column in matched}
+    class_names, cluster_names = classes.tolist(), clusters.tolist()
+    return {cluster_names[column]: class_names[row] for row, column in matched}
 
 
 def cluster_accuracy(y_true: Any, y_pred: Any) -> float:
