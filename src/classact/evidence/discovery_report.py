@@ -78,25 +78,28 @@ def line(found: DiscoveryComparison, row: DiscoveryRow) -> list[str]:
     return cells
 
 
-def rich_table(found: DiscoveryComparison) -> Any:
-    """The table for a terminal."""
+def rich_table(found: DiscoveryComparison, full: bool = False) -> Any:
+    """The table for a terminal, which has no room for all columns unless it is to be `full`."""
     from rich.table import Table
 
+    left_out = () if full else ("Seen NMI", "Seen ARI", "New NMI", "New ARI", "Silhouette")
+    kept = [k for k, name in enumerate(header(found)) if name not in left_out]
     table = Table(title=f"{found.task} on {found.data}", title_justify="left")
-    for name in header(found):
-        table.add_column(name, justify="left" if name == "Method" else "right")
+    for k in kept:
+        table.add_column(header(found)[k], justify="left" if k == 0 else "right")
     for row in found.rows:
-        table.add_row(*line(found, row))
+        cells = line(found, row)
+        table.add_row(*(cells[k] for k in kept))
     return table
 
 
 def plain_table(found: DiscoveryComparison) -> str:
-    """The same as plain text."""
+    """The same as plain text, with all columns."""
     from rich.console import Console
 
     console = Console(width=260, color_system=None)
     with console.capture() as capture:
-        console.print(rich_table(found))
+        console.print(rich_table(found, full=True))
     return capture.get().rstrip()
 
 
