@@ -153,7 +153,8 @@ def found_figure(found: DiscoveryComparison) -> "Figure":
         panels.append(("true classes", first["before"], np.unique(found.true_names, return_inverse=True)[1]))
     for row in found.rows:
         picture = found.pictures[row.method]
-        panels.append((row.method, picture.get("after", picture["before"]), picture["labels"]))
+        labels = _recoloured(picture["labels"], panels[0][2]) if panels else picture["labels"]
+        panels.append((row.method, picture.get("after", picture["before"]), labels))
     columns = min(4, len(panels))
     rows = ceil(len(panels) / columns)
     figure = new_figure(3.1 * columns, 3.0 * rows)
@@ -166,6 +167,20 @@ def found_figure(found: DiscoveryComparison) -> "Figure":
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
+
+
+def _recoloured(labels: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Number clusters as the classes of the first panel with which they agree best; those left over come after."""
+    from scipy.optimize import linear_sum_assignment
+
+    clusters, codes = np.unique(labels, return_inverse=True)
+    table = np.zeros((int(first.max()) + 1, len(clusters)), int)
+    np.add.at(table, (first, codes), 1)
+    number = np.full(len(clusters), -1)
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    number[columns] = rows
+    number[number < 0] = len(table) + np.arange((number < 0).sum())
+    return number[codes]
 
 
 def html_page(found: DiscoveryComparison, figures: dict[str, bytes], command: str) -> str:
