@@ -488,10 +488,53 @@ def _hops(adjacency: csr_matrix, sources: Int[np.ndarray, " k"]) -> Float[np.nda
         reached = reached | np.bitwise_or.reduceat(reached[adjacency.indices], adjacency.indptr[:-1], axis=0)
 
 
-class TreeMetric(LabelMetric):
-    """Expected squared distances to all nodes by passing sums of P, P d and P d^2 up and down the tree.
+class _Rooted:
+    """A tree whose nodes are in breadth-first order: every level is a range of numbers, and so are the children."""
 
-    Nodes are numbered in breadth-first order: every level is a range of numbers, and so are the children of a node.
+    def __init__(self, parent: Int[np.ndarray, " m"], length: Float[np.ndarray, " m"]) -> None:
+        self.parent, self.length = parent, length
+        self.levels: list[tuple[int, int]] = []
+        end = 1
+        while end < len(parent):
+            start, end = end, int(np.searchsorted(parent, end))
+            self.levels.append((start, end))
+
+    def sum_up(self, weight: Float[np.ndarray, "m b"], distance: Float[np.ndarray, "m b"] | None = None) -> None:
+        """Add to every node the weights below it, and to `distance` their distances times weight."""
+        for start, end in reversed(self.levels):
+            parents = self.parent[start:end]
+            first = np.flatnonzero(np.r_[True, parents[1:] != parents[:-1]])
+            if distance is not None:
+                below = distance[start:end] + self.length[start:end, None] * weight[start:end]
+                distance[parents[first]] += np.add.reduceat(below, first, axis=0)
+            weight[parents[first]] += np.add.reduceat(weight[start:end], first, axis=0)
+
+    def moments(
+        self, probs: Float[np.ndarray, "b k"], nodes: Int[np.ndarray, " k"]
+    ) -> tuple[Float[np.ndarray, "m b"], Float[np.ndarray, "m b"]]:
+        """Expected distances and squared distances from random nodes to every node."""
+        depth = np.zeros(len(self.parent))
+        for start, end in self.levels:
+            depth[start:end] = depth[self.parent[start:end]] + self.length[start:end]
+        weight = np.zeros((len(self.parent), len(probs)))
+        weight[nodes] = probs.T
+        below = np.zeros_like(weight)
+        self.sum_up(weight, below)
+        first, second = np.empty_like(weight), np.empty_like(weight)
+        first[0], second[0] = probs @ depth[nodes], probs @ depth[nodes] ** 2
+        for start, end in self.levels:
+            parents, length = self.parent[start:end], self.length[start:end, None]
+            inside = below[start:end] + length * weight[start:end]  # of those below, seen from the parent
+            first[start:end] = first[parents] + length * (1 - 2 * weight[start:end])
+            second[start:end] = second[parents] + length * (2 * first[parents] + length - 4 * inside)
+        return first, second
+
+
+class TreeMetric(LabelMetric):
+    """Expected squared distances by passing sums of P, P d and P d^2 up and down the tree.
+
+    That is done on the part of the tree that has observed labels below it. A label at height h over its node s has
+    ``E d^2(y) = E d^2(s) + 2 h E d(s) + h^2``, so that of all that hang on s only the lowest can be a Fréchet mean.
     """
 
     kind = "tree"
@@ -502,82 +545,88 @@ class TreeMetric(LabelMetric):
         number = np.empty(len(order), np.int64)
         number[order] = np.arange(len(order))
         self._nodes = number[nodes]
-        self._parent = np.r_[-1, number[before[order[1:]]]]
-        self._length = np.r_[0.0, np.asarray(adjacency[order[1:], before[order[1:]]]).ravel()]
-        levels, end = [(0, 1)], 1
-        while end < len(order):
-            start, end = end, int(np.searchsorted(self._parent, end))
-            levels.append((start, end))
-        self._levels = levels[1:]
-        self._depth = np.zeros(len(order))
-        for start, end in self._levels:
-            self._depth[start:end] = self._depth[self._parent[start:end]] + self._length[start:end]
+        edges, length = adjacency.tocoo(), np.zeros(len(order))
+        up = before[edges.row] == edges.col
+        length[number[edges.row[up]]] = edges.data[up]
+        self._tree = _Rooted(np.r_[-1, number[before[order[1:]]]], length)
 
     @property
     def every_node(self) -> bool:
         """Whether all nodes are labels."""
-        return len(self) == len(self._parent)
+        return len(self) == len(self._tree.parent)
 
-    def _sum_up(self, *sums: Float[np.ndarray, "m b"], moment: bool) -> None:
-        """Add to every node the sums of its descendants; with `moment`, the second is that of P times distance."""
-        for start, end in reversed(self._levels):
-            parents = self._parent[start:end]
-            first = np.flatnonzero(np.r_[True, parents[1:] != parents[:-1]])
-            below = [part[start:end] for part in sums]
-            if moment:
-                below[1] = below[1] + self._length[start:end, None] * below[0]
-            for part, children in zip(sums, below, strict=True):
-                part[parents[first]] += np.add.reduceat(children, first, axis=0)
-
-    def _moments(self, probs: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Expected distances and squared distances (M, B) to every node."""
-        weight = np.zeros((len(self._parent), len(probs)))
-        weight[self._nodes[rows]] = probs.T
-        depth = self._depth[self._nodes[rows]]
-        below = np.zeros_like(weight)
-        self._sum_up(weight, below, moment=True)
-        first, second = np.empty_like(weight), np.empty_like(weight)
-        first[0], second[0] = probs @ depth, probs @ depth**2
-        for start, end in self._levels:
-            parents, length = self._parent[start:end], self._length[start:end, None]
-            inside = below[start:end] + length * weight[start:end]  # expected distance from the parent, on this side
-            first[start:end] = first[parents] + length * (1 - 2 * weight[start:end])
-            second[start:end] = second[parents] + length * (2 * first[parents] + length - 4 * inside)
-        return first, second
+    def _around(
+        self, rows: np.ndarray, columns: np.ndarray
+    ) -> tuple[_Rooted, Int[np.ndarray, " k"], Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """The part of the tree with observed nodes below, these, the nodes that labels hang on, and at what height."""
+        tree, nodes = self._tree, self._nodes[rows]
+        count = np.zeros((len(tree.parent), 1))
+        count[nodes] = 1
+        tree.sum_up(count)
+        kept = count[:, 0] > 0
+        hung, height = np.arange(len(kept)), np.zeros(len(kept))
+        for start, end in tree.levels:
+            off = start + np.flatnonzero(~kept[start:end])
+            hung[off] = hung[tree.parent[off]]
+            height[off] = height[tree.parent[off]] + tree.length[off]
+        number = np.cumsum(kept) - 1
+        part = _Rooted(np.r_[-1, number[tree.parent[kept][1:]]], tree.length[kept])
+        return part, number[nodes], number[hung[self._nodes[columns]]], height[self._nodes[columns]]
 
     def _block(self, rows: np.ndarray, columns: np.ndarray) -> Float[np.ndarray, "k n"]:
-        # each row by itself is a distribution, for which the expected distance is the distance
+        # each observed label for certain: the expected distance is the distance
         unique, inverse = np.unique(rows, return_inverse=True)
-        found, step = np.empty((len(unique), len(columns))), self._steps(0, 0)[0]
+        found, step = np.empty((len(unique), len(columns))), max(1, ELEMENTS // (4 * len(self._tree.parent)))
         for start in range(0, len(unique), step):
-            part = unique[start : start + step]
-            found[start : start + step] = self._moments(np.eye(len(part)), part)[0][self._nodes[columns]].T
+            sources = unique[start : start + step]
+            part, nodes, hung, height = self._around(sources, columns)
+            found[start : start + step] = part.moments(np.eye(len(sources)), nodes)[0][hung].T + height
         return np.where(rows[:, None] == columns, 0.0, found[inverse].clip(min=0))
 
     def _expected(self, probs: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Float[np.ndarray, "b n"]:
-        found, step = np.empty((len(probs), len(columns))), self._steps(0, 0)[0]
+        around = self._around(rows, columns)
+        found, step = np.empty((len(probs), len(columns))), max(1, ELEMENTS // (4 * len(around[0].parent)))
         for start in range(0, len(probs), step):
-            found[start : start + step] = self._moments(probs[start : start + step], rows)[1][self._nodes[columns]].T
-        return found.clip(min=0)
+            found[start : start + step] = _hanging(probs[start : start + step], *around)
+        return found
 
-    def _steps(self, rows: int, columns: int) -> tuple[int, int]:  # noqa: ARG002
-        return max(1, ELEMENTS // (4 * len(self._parent))), max(1, columns)
+    def _frechet(self, probs: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Int[np.ndarray, " b"]:
+        part, nodes, hung, height = self._around(rows, columns)
+        order = np.lexsort((height, hung))  # stable: of those equally low the first column
+        lowest = np.sort(order[np.r_[True, np.diff(hung[order]) > 0]])
+        step = max(1, ELEMENTS // (4 * len(part.parent)))
+        found = [
+            first_smallest(
+                [torch.from_numpy(_hanging(probs[i : i + step], part, nodes, hung[lowest], height[lowest]))]
+            ).numpy()
+            for i in range(0, len(probs), step)
+        ]
+        return lowest[np.concatenate(found)] if found else np.zeros(0, dtype=np.int64)
 
     def spanned(self, rows: Int[np.ndarray, " k"]) -> np.ndarray:
         """Which labels lie on a path between two of `rows`, by position: (N,) bool."""
-        count = np.zeros((len(self._parent), 1))
+        tree = self._tree
+        count = np.zeros((len(tree.parent), 1))
         count[self._nodes[rows]] = 1
         inside = count[:, 0] > 0
-        self._sum_up(count, moment=False)
+        tree.sum_up(count)
         crossed = (count[:, 0] > 0) & (count[:, 0] < len(rows))  # edges to the parent that such a path goes over
         inside |= crossed
-        inside[self._parent[crossed]] = True
+        inside[tree.parent[crossed]] = True
         return inside[self._nodes]
 
     def leaves(self) -> np.ndarray:
         """Which labels are nodes with a single neighbour: (N,) bool."""
-        neighbours = np.bincount(self._parent[1:], minlength=len(self._parent)) + (self._parent >= 0)
+        parent = self._tree.parent
+        neighbours = np.bincount(parent[1:], minlength=len(parent)) + (parent >= 0)
         return neighbours[self._nodes] <= 1
+
+
+def _hanging(
+    probs: np.ndarray, part: _Rooted, nodes: np.ndarray, hung: np.ndarray, height: np.ndarray
+) -> Float[np.ndarray, "b n"]:
+    first, second = part.moments(probs, nodes)
+    return (second[hung] + height[:, None] * (2 * first[hung] + height[:, None])).T.clip(min=0)
 
 
 def _of_edges(nodes: list[Any], edges: list[tuple[Any, Any, float]], labels: Any, argument: str) -> LabelMetric:

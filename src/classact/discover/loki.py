@@ -286,7 +286,8 @@ class FrechetClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             Not those of ``fit``, on which classifiers are too sure.
         method : {"nll", "leave_class_out"}
             Minimise the negative log-likelihood; or, to imitate classes that were never observed, take the true class
-            out of the probabilities and minimise the squared distance between prediction and truth.
+            out of the probabilities and minimise the squared distance between prediction and truth. The paper takes
+            probabilities as they are.
 
         Raises
         ------
