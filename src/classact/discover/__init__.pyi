@@ -1,4 +1,24 @@
+from .crkd import (
+    ClassRelationDistillation,
+    CrKD,
+    CrKDLoss,
+    KnownClassifier,
+    MultiHeadClusterer,
+    PrototypeHead,
+    SwappedPrediction,
+    TrainingPlan,
+    class_relation,
+    discovery_accuracy,
+    fit_crkd,
+    fit_known,
+    relation_quality,
+    sinkhorn_knopp,
+    train_blocks_from,
+)
+from .crkd_lit import CrKDModule
 from .found import FoundClasses, load
+from .hypersphere import HypersphereClassifier, NormalizedLinear, PrototypeClassifier, class_prototype, fit_hypersphere
+from .hypersphere_lit import HypersphereModule
 from .label_metrics import LabelMetric
 from .loki import (
     FrechetClassifier,
@@ -20,19 +40,38 @@ from .tabularncd import TabularNCD
 
 __all__ = [
     "PBN",
+    "ClassRelationDistillation",
+    "CrKD",
+    "CrKDLoss",
+    "CrKDModule",
     "FoundClasses",
     "FrechetClassifier",
     "FrechetHead",
     "HiddenClassCV",
     "HiddenClassSplit",
+    "HypersphereClassifier",
+    "HypersphereModule",
+    "KnownClassifier",
     "LabelMetric",
+    "MultiHeadClusterer",
     "NCDKMeans",
     "NCDSpectral",
     "NextClassSelector",
+    "NormalizedLinear",
     "PBNNetwork",
+    "PrototypeClassifier",
+    "PrototypeHead",
+    "SwappedPrediction",
     "TabularNCD",
+    "TrainingPlan",
+    "class_prototype",
+    "class_relation",
     "cluster_accuracy",
+    "discovery_accuracy",
     "estimate_n_clusters",
+    "fit_crkd",
+    "fit_hypersphere",
+    "fit_known",
     "frechet_predict",
     "frechet_scores",
     "frechet_straight_through",
@@ -43,5 +82,8 @@ __all__ = [
     "match_clusters",
     "minimum_locus_cover",
     "pbn_loss",
+    "relation_quality",
     "sample_labels",
+    "sinkhorn_knopp",
+    "train_blocks_from",
 ]
