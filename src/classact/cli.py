@@ -543,14 +543,25 @@ for _slot, _help in SLOTS.items():
     compare_app.command(_slot, help=_help)(_compare_part(_slot))
 
 
-def _compare_discovery(task: str) -> "Callable[..., None]":
+HIDE = "Comma-separated classes whose labels are taken away, to see how well they are found again."
+ENCODER = "For images: a network of timm with its pretrained weights; by default a small one is trained."
+DISCOVERY = {
+    "ncd-table": (
+        "digits, or a .csv or .parquet table with gaps in the label column.",
+        "Find the classes of unlabelled rows of a table, with and without the true ones.",
+    ),
+    "ncd-image": (
+        "digits, a folder of images in class folders with one named unlabelled; with --hide any labelled images.",
+        "Find the classes of unlabelled images, with and without the true ones.",
+    ),
+}
+
+
+def _compare_discovery(task: str, kind: str) -> "Callable[..., None]":
     def run(
         data: Annotated[
             str,
-            typer.Argument(
-                help="digits, a .csv or .parquet table with gaps in the label column, or a folder of images in class "
-                "folders with one named unlabelled."
-            ),
+            typer.Argument(help=kind),
         ] = "digits",
         methods: Annotated[str | None, typer.Option(help="Comma-separated; yours as package.module:factory.")] = None,
         label: Annotated[str | None, typer.Option(help="Column of the table that holds the known classes.")] = None,
@@ -561,26 +572,29 @@ def _compare_discovery(task: str) -> "Callable[..., None]":
         reference: Annotated[str, typer.Option(help="Method that differences are taken to.")] = "kmeans",
         seeds: Annotated[int, typer.Option(help="Fits of every method, each with other items held out.")] = 5,
         tune: Annotated[int, typer.Option(help="Settings to draw per method, chosen on hidden known classes.")] = 0,
+        hide: Annotated[str | None, typer.Option(help=HIDE)] = None,
+        limit: Annotated[int | None, typer.Option(help="Take so many items, drawn at random.")] = None,
         size: Annotated[int, typer.Option(help="Side to which images of a folder are reduced.")] = 32,
+        encoder: Annotated[str | None, typer.Option(help=ENCODER)] = None,
         workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
         out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     ) -> None:
         with _plain_errors():
+            from classact.data.unlabelled import load_unlabelled
             from classact.evidence.discovery_report import rich_table
             from classact.tasks.discovery import compare_discovery
 
             _import_from_here()
+            hidden = [] if hide is None else _names(hide)
             found = compare_discovery(
                 task,
-                data,
+                load_unlabelled(data, label, truth, size, task == "ncd-image", hidden, limit),
                 None if methods is None else _names(methods),
-                label=label,
-                truth=truth,
                 n_novel=novel,
                 reference=reference,
                 seeds=seeds,
                 tune=tune,
-                size=size,
+                encoder=encoder,
                 out=out,
                 workers=workers,
                 command=_command(),
@@ -595,38 +609,43 @@ def _compare_discovery(task: str) -> "Callable[..., None]":
     return run
 
 
-DISCOVERY = {"ncd-table": "Find the classes of unlabelled rows of a table, with and without the true ones."}
-for _task, _help in DISCOVERY.items():
-    compare_app.command(_task, help=_help)(_compare_discovery(_task))
+for _task, (_kind, _help) in DISCOVERY.items():
+    compare_app.command(_task, help=_help)(_compare_discovery(_task, _kind))
 
 
 @app.command()
 def discover(
     data: Annotated[
         str,
-        typer.Argument(help="digits, a .csv or .parquet table with gaps in the label column."),
+        typer.Argument(
+            help="digits, a .csv or .parquet table with gaps in the label column, or a folder of images in class "
+            "folders with one named unlabelled."
+        ),
     ] = "digits",
     method: Annotated[str, typer.Option(help="auto, or the name of a method.")] = "auto",
     label: Annotated[str | None, typer.Option(help="Column of the table that holds the known classes.")] = None,
     novel: Annotated[int | None, typer.Option(help="Number of novel classes; by default estimated.")] = None,
     seeds: Annotated[int, typer.Option(help="Fits to parts of the data, which give the confidence.")] = 5,
     tune: Annotated[int, typer.Option(help="Settings to draw per method, chosen on hidden known classes.")] = 0,
+    size: Annotated[int, typer.Option(help="Side to which images of a folder are reduced.")] = 32,
+    encoder: Annotated[str | None, typer.Option(help=ENCODER)] = None,
     workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
 ) -> None:
-    """Find the classes of unlabelled rows, name them novel_1, novel_2, ..., and save the method for new ones."""
+    """Find the classes of unlabelled items, name them novel_1, novel_2, ..., and save the method for new ones."""
     with _plain_errors():
+        from classact.data.unlabelled import load_unlabelled
         from classact.tasks.discovery import discover_classes
         from classact.tasks.found_report import novel_names
 
         _import_from_here()
         found = discover_classes(
-            data,
+            load_unlabelled(data, label, size=size),
             method,
-            label=label,
             n_novel=novel,
             seeds=seeds,
             tune=tune,
+            encoder=encoder,
             out=out,
             workers=workers,
             command=_command(),

@@ -64,3 +64,34 @@ def test_bad_places(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError, match="expected a folder unlabelled beside those of the classes"):
         load_unlabelled(tmp_path)
+
+
+def test_classes_are_hidden_on_request(tmp_path):
+    found = load_unlabelled("digits", hide=["3", "7"], limit=300)
+    assert found.classes == ("0", "1", "2", "4", "5", "6", "8", "9")
+    assert len(found.y) == len(found.items) == len(found.truth) == 300
+    assert set(found.truth[found.unlabelled]) == {"3", "7"}
+    assert all(found.classes[k] == name for k, name in zip(found.y, found.truth, strict=True) if k >= 0)
+    again = load_unlabelled("digits", hide=["3", "7"], limit=300)
+    assert again.items == found.items
+    path = write(tmp_path / "t.csv", "a,label\n1,x\n2,y\n3,z\n4,\n")
+    table = load_unlabelled(path, hide=["y"])
+    assert table.classes == ("x", "z") and table.y.tolist() == [0, -1, 1, -1]
+    assert table.truth.tolist() == ["x", "y", "z", None]
+    np.savez(tmp_path / "images.npz", x=np.zeros((6, 4, 4), np.uint8), y=[0, 1, 2, 0, 1, 2])
+    images = load_unlabelled(tmp_path / "images.npz", hide=["2"])
+    assert images.x.shape == (6, 1, 4, 4) and images.classes == ("0", "1")
+
+
+@pytest.mark.bare
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hide": ["11"]}, "hide: no class 11; there are 0, 1"),
+        ({"hide": ["1"], "truth": "kind"}, "hide, truth: expected one of them"),
+        ({"limit": 0}, "limit: expected at least 1, got 0"),
+    ],
+)
+def test_bad_requests(options, message):
+    with pytest.raises(DataError, match=message):
+        load_unlabelled("digits", **options)

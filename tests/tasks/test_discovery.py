@@ -181,3 +181,76 @@ def test_too_few_unlabelled_items(tmp_path):
     labelled = PartlyLabelled("digits", full.x, np.where(full.y < 0, 0, full.y), full.classes, full.items)
     with pytest.raises(StudyError, match="digits: 0 unlabelled items; expected at least 8"):
         compare_discovery("ncd-table", labelled, out=tmp_path, quiet=True)
+
+
+def pictures(n=24, known=3, novel=2, seed=0):
+    """Squares of 8 x 8 pixels with one bright row, or one bright column, per class."""
+    rng, k = np.random.default_rng(seed), known + novel
+    y = np.repeat(np.arange(k), n)
+    x = 0.1 * rng.random((len(y), 1, 8, 8))
+    for row, c in enumerate(y):
+        line = (slice(None), 1 + 4 * c) if c < 2 else (1 + c, slice(None))
+        x[row, 0][line] += 0.8
+    names = np.array([f"c{c}" for c in y], object)
+    labels = np.where(y < known, y, -1)
+    return PartlyLabelled(
+        "lines", x.astype(np.float32), labels, ("c0", "c1", "c2"), tuple(map(str, range(len(y)))), (), names
+    )
+
+
+@pytest.mark.parametrize("method", ["known-features", "hypersphere", "uno", "crkd"])
+def test_networks_find_classes_of_images(method):
+    data = pictures()
+    model = Builder("ncd-image", 0, (1, 8, 8))(method, 2, 0)
+    model.pipeline[-1].set_params(steps=(20, 60))
+    model.fit(data.x, data.y)
+    assert cluster_accuracy(data.truth[data.unlabelled], model.labels_[data.unlabelled]) > 0.9
+    assert (model.labels_[~data.unlabelled] == -1).all()
+    new = pictures(n=4, seed=1)
+    assert (model.predict_known(new.x[:12]) == new.y[:12]).mean() > 0.9
+    together = model.predict(new.x[12:])
+    np.testing.assert_array_equal(together, np.concatenate([model.predict(one[None]) for one in new.x[12:]]))
+    np.testing.assert_allclose(np.linalg.norm(model.transform(new.x), axis=1), 1, rtol=1e-5)
+    again = Builder("ncd-image", 0, (1, 8, 8))(method, 2, 0)
+    again.pipeline[-1].set_params(steps=(20, 60))
+    np.testing.assert_array_equal(again.fit(data.x, data.y).labels_, model.labels_)
+
+
+def test_number_of_classes_of_images_is_estimated():
+    data = pictures()
+    model = Builder("ncd-image", 0, (1, 8, 8))("known-features", None, 0)
+    model.pipeline[-1].set_params(steps=(20, 30))
+    assert model.fit(data.x, data.y).n_clusters_ == 2
+
+
+def test_classes_of_images_are_found_shown_and_predicted(tmp_path):
+    result = discover_classes(pictures(), "ncd-kmeans", n_novel=2, seeds=2, out=tmp_path, quiet=True)
+    assert cluster_accuracy(result.data.truth, result.names) == 1
+    assert list(pd.read_csv(tmp_path / "labelled.csv")) == ["item", "class", "confidence", "was_labelled"]
+    assert "typical items" in (tmp_path / "report.html").read_text()
+    assert set(load(tmp_path / "model.joblib").predict(pictures(3, seed=2).x)) == {"novel_1", "novel_2"}
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [("ncd-image", blobs(), "rows of a table; the task for them is ncd-table"), ("ncd-table", pictures(), "images")],
+)
+def test_tables_and_images_are_not_mixed_up(task, data, message, tmp_path):
+    with pytest.raises(StudyError, match=message):
+        compare_discovery(task, data, ["kmeans"], out=tmp_path, quiet=True)
+
+
+@pytest.mark.bare
+def test_bad_input_of_networks():
+    data = pictures()
+    one = np.where(data.y == 0, 0, -1)
+    for method, y, message in (
+        ("crkd", one, "y: crkd learns to tell known classes apart and needs two of them, got 1; kmeans, spectral"),
+        ("crkd", np.abs(data.y), "y: expected unlabelled images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Builder("ncd-image", 0, (1, 8, 8))(method, 2, 0).fit(data.x, y)
+    with pytest.raises(ValueError, match=r"X: expected flattened images \(n, 784\)"):
+        Builder("ncd-image", 0, (1, 28, 28))("crkd", 2, 0).fit(data.x, data.y)
+    with pytest.raises(ValueError, match="encoder: timm has no model resnet_none"):
+        Builder("ncd-image", 0, (1, 8, 8), "resnet_none")("crkd", 2, 0).fit(data.x, data.y)

@@ -1,13 +1,14 @@
 """Data in which classes are missing: tables with gaps in the label column, image folders with an `unlabelled` one."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from classact.data.bag_files import DataError
-from classact.data.labelled import LABEL_COLUMNS, read_square
+from classact.data.labelled import LABEL_COLUMNS, load_labelled, read_square
 from classact.data.photos import list_photos
 
 UNLABELLED = ("unlabelled", "unlabeled")
@@ -51,7 +52,13 @@ class PartlyLabelled:
 
 
 def load_unlabelled(
-    source: str | Path, label: str | None = None, truth: str | Path | None = None, size: int = 32, images: bool = False
+    source: str | Path,
+    label: str | None = None,
+    truth: str | Path | None = None,
+    size: int = 32,
+    images: bool = False,
+    hide: Sequence[str] = (),
+    limit: int | None = None,
 ) -> PartlyLabelled:
     """Read data in which some items have no class.
 
@@ -59,7 +66,8 @@ def load_unlabelled(
     ----------
     source : str or path
         ``digits`` (part of scikit-learn) with the classes 5 to 9 hidden; a CSV or Parquet table whose label column has
-        gaps; or a folder of images in class folders, with one named ``unlabelled`` beside them.
+        gaps; or a folder of images in class folders, with one named ``unlabelled`` beside them. With `hide` also all
+        images that [`load_labelled`][classact.data.labelled.load_labelled] reads, of which the training part is taken.
     label : str, optional
         Column of a table that holds the classes; by default the one named label, target, class or y. A missing value,
         an empty text and -1 mean that there is none.
@@ -69,36 +77,73 @@ def load_unlabelled(
         Side to which images are cut and reduced, in pixels.
     images : bool
         Read the digits as images.
+    hide : sequence of str
+        Classes whose labels are taken away, to see how well they are found again; the labels become the truth.
+    limit : int, optional
+        Take so many items only, drawn at random, always the same ones.
 
     Raises
     ------
     DataError
         If nothing of the kind is there, no class is known, or columns are not finite numbers; the message names them.
     """
-    if str(source) == "digits":
-        return _digits(images)
+    if limit is not None and limit < 1:
+        raise DataError(f"limit: expected at least 1, got {limit}")
+    if hide and truth is not None:
+        raise DataError("hide, truth: expected one of them; the labels of hidden classes are the truth")
     path = Path(source)
-    if path.is_dir():
-        return _folder(path, None if truth is None else Path(truth), size)
-    if path.is_file() and path.suffix in (".csv", ".parquet"):
-        return _table(path, label, None if truth is None else str(truth))
-    raise DataError(
-        f"{path}: expected digits, a .csv or .parquet table, or a folder of images with one {UNLABELLED[0]}"
-    )
+    if str(source) == "digits":
+        found = _digits(images, hide)
+    elif path.is_file() and path.suffix in (".csv", ".parquet"):
+        found = _table(path, label, None if truth is None else str(truth))
+    elif hide and not any((path / name).is_dir() for name in UNLABELLED):
+        found = _labelled(source, size)
+    elif path.is_dir():
+        found = _folder(path, None if truth is None else Path(truth), size)
+    else:
+        raise DataError(
+            f"{path}: expected digits, a .csv or .parquet table, or a folder of images with one {UNLABELLED[0]}"
+        )
+    if limit is not None and limit < len(found.y):
+        found = _limited(found, limit)
+    return _hidden(found, tuple(map(str, hide))) if hide else found
 
 
-def _digits(images: bool) -> PartlyLabelled:
+def _labelled(source: str | Path, size: int) -> PartlyLabelled:
+    data = load_labelled(source, None, size)
+    if data.x.ndim != 4:
+        raise DataError(f"{source}: expected images, found items of shape {data.shape}")
+    items = tuple(str(number + 1) for number in range(len(data.y)))
+    return PartlyLabelled(data.name, data.x.numpy(), data.y.numpy(), data.classes, items)
+
+
+def _limited(found: PartlyLabelled, limit: int) -> PartlyLabelled:
+    rows = np.sort(np.random.default_rng(0).permutation(len(found.y))[:limit])
+    truth = None if found.truth is None else found.truth[rows]
+    return replace(found, x=found.x[rows], y=found.y[rows], items=tuple(found.items[k] for k in rows), truth=truth)
+
+
+def _hidden(found: PartlyLabelled, hide: tuple[str, ...]) -> PartlyLabelled:
+    if unknown := [name for name in hide if name not in found.classes]:
+        raise DataError(f"hide: no class {', '.join(unknown)}; there are {', '.join(found.classes)}")
+    names = np.array([found.classes[k] if k >= 0 else None for k in found.y], object)
+    y, classes = _numbered(found.name, np.array([None if name in hide else name for name in names], object))
+    return replace(found, y=y, classes=classes, truth=names)
+
+
+def _digits(images: bool, hide: Sequence[str]) -> PartlyLabelled:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    known = np.where(np.isin(y, HIDDEN), -1, y).astype(np.int64)
+    known = np.where(np.isin(y, () if hide else HIDDEN), -1, y).astype(np.int64)
+    classes = tuple(map(str, range(10 if hide else 5)))
     pixels = tuple(f"pixel_{i}_{j}" for i in range(8) for j in range(8))
     names = tuple(str(number + 1) for number in range(len(x)))
     truth = y.astype(str).astype(object)
     if images:
         grey = (x.reshape(-1, 1, 8, 8) / 16).astype(np.float32)
-        return PartlyLabelled("digits", grey, known, ("0", "1", "2", "3", "4"), names, (), truth)
-    return PartlyLabelled("digits", x, known, ("0", "1", "2", "3", "4"), names, pixels, truth)
+        return PartlyLabelled("digits", grey, known, classes, names, (), truth)
+    return PartlyLabelled("digits", x, known, classes, names, pixels, truth)
 
 
 def _numbered(name: str, labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import pairwise_distances_argmin
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from classact.discover.ncd_clustering import class_means
 from classact.discover.pbn import HiddenClassCV, estimate_n_clusters
@@ -46,7 +46,7 @@ class PlainClustering(ClusterMixin, BaseEstimator):
         """Cluster the rows whose label is -1."""
         novel = y < 0
         rows = X[novel]
-        self.n_clusters_ = self.n_clusters or _estimated(rows, self.random_state)
+        self.n_clusters_ = self.n_clusters or estimated(rows, self.random_state)
         if self.kind == "kmeans":
             labels = KMeans(self.n_clusters_, n_init=10, random_state=self.random_state).fit(rows).labels_
         else:
@@ -72,12 +72,13 @@ class PlainClustering(ClusterMixin, BaseEstimator):
         return self.classes_[pairwise_distances_argmin(X, self._known)]
 
 
-def _estimated(rows: np.ndarray, seed: int) -> int:
+def estimated(rows: np.ndarray, seed: int) -> int:
+    """Number of clusters of rows (n, D), up to 30, by the silhouette of k-means."""
     return estimate_n_clusters(rows, 2, min(K_MAX, len(rows) - 1), random_state=seed)[0]
 
 
 class Discoverer:
-    """An estimator behind the standardisation of what it was fitted on, called as the comparison needs it.
+    """An estimator behind the scaling of what it was fitted on, called as the comparison needs it.
 
     Parameters
     ----------
@@ -88,10 +89,13 @@ class Discoverer:
     tune : int
         Number of settings to try on known classes that are hidden; 0, or fewer than two known classes, takes the
         estimator as it is.
+    standardise : bool
+        Standardise every column; images stay as they are.
     """
 
-    def __init__(self, estimator: Any, space: Mapping[str, Any], tune: int = 0) -> None:
-        self.pipeline = Pipeline([("scale", StandardScaler()), ("discover", estimator)])
+    def __init__(self, estimator: Any, space: Mapping[str, Any], tune: int = 0, standardise: bool = True) -> None:
+        scale = StandardScaler() if standardise else FunctionTransformer()
+        self.pipeline = Pipeline([("scale", scale), ("discover", estimator)])
         self.space, self.tune = space, tune
 
     @property
@@ -119,7 +123,7 @@ class Discoverer:
         return self
 
     def scaled(self, x: np.ndarray) -> np.ndarray:
-        """Items as standardised rows."""
+        """Items as rows, scaled."""
         scaled: np.ndarray = self.pipeline[:-1].transform(_rows(x))
         return scaled
 
@@ -168,7 +172,7 @@ class FoundClasses:
         self.shape = x.shape[1:]
 
     def space(self, x: Any) -> np.ndarray:
-        """Where distances are taken: the method's own embedding, or else the standardised items."""
+        """Where distances are taken: the method's own embedding, or else the scaled items."""
         if hasattr(self.model, "transform"):
             return self.model.transform(x)
         return self.model.scaled(x)

@@ -13,6 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from classact.data.unlabelled import PartlyLabelled, load_unlabelled
 from classact.discover.found import K_MAX, Discoverer, FoundClasses, PlainClustering
+from classact.discover.image_discovery import ImageDiscovery
 from classact.discover.metrics import cluster_accuracy, match_clusters
 from classact.discover.ncd_clustering import NCDKMeans, NCDSpectral
 from classact.discover.pbn import PBN
@@ -39,6 +40,10 @@ def _plain(kind: str, n_clusters: int | None, seed: int) -> PlainClustering:
     return PlainClustering(kind, n_clusters, seed)
 
 
+def _image(kind: Any, n_clusters: int | None, seed: int) -> ImageDiscovery:
+    return ImageDiscovery(kind, n_clusters=n_clusters, random_state=seed)
+
+
 # name -> factory(n_clusters, seed)
 TABLE_METHODS: dict[str, Callable[[int | None, int], Any]] = {
     "kmeans": partial(_plain, "kmeans"),
@@ -49,26 +54,47 @@ TABLE_METHODS: dict[str, Callable[[int | None, int], Any]] = {
     "pbn-classifier": partial(_pbn, w=1.0),
     "autoencoder": partial(_pbn, w=0.0),
 }
+IMAGE_METHODS: dict[str, Callable[[int | None, int], Any]] = {
+    **{name: TABLE_METHODS[name] for name in ("kmeans", "spectral", "ncd-kmeans", "ncd-spectral")},
+    **{name: partial(_image, name) for name in ("known-features", "hypersphere", "uno", "crkd")},
+}
 # what `tune` draws
 SPACES: dict[str, dict[str, Any]] = {
     "pbn": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "w": [0.1, 0.3, 0.5, 0.7, 0.9], "dropout": [0.0, 0.1, 0.3, 0.5]},
     "pbn-classifier": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "dropout": [0.0, 0.1, 0.3, 0.5]},
     "autoencoder": {"lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "dropout": [0.0, 0.1, 0.3, 0.5]},
     "ncd-spectral": {"min_dist": [0.1, 0.3, 0.5, 0.7, 0.9], "n_components": [5, 10, 15, 20, 30]},
+    "known-features": {"lr": [3e-4, 1e-3, 3e-3, 1e-2]},
+    "hypersphere": {"lr": [3e-4, 1e-3, 3e-3, 1e-2], "scale": [5.0, 10.0, 20.0]},
+    "uno": {"lr": [3e-4, 1e-3, 3e-3, 1e-2]},
+    "crkd": {"lr": [3e-4, 1e-3, 3e-3, 1e-2], "alpha": [0.02, 0.1, 0.5]},
 }
-TASKS = {"ncd-table": (TABLE_METHODS, ("kmeans", "spectral", "ncd-kmeans", "ncd-spectral", "pbn"))}
+# task -> its methods, and those that are compared by default
+TASKS = {
+    "ncd-table": (TABLE_METHODS, ("kmeans", "spectral", "ncd-kmeans", "ncd-spectral", "pbn")),
+    "ncd-image": (IMAGE_METHODS, ("kmeans", "spectral", "ncd-kmeans", "known-features", "hypersphere", "uno", "crkd")),
+}
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes the estimator of a method, with its settings chosen on hidden classes if `tune` is above 0."""
+    """Makes the estimator of a method, with its settings chosen on hidden classes if `tune` is above 0.
+
+    Images come to it as rows; estimators that have them are given the parameters `shape` and `encoder`.
+    """
 
     task: str
     tune: int
+    shape: tuple[int, ...] = ()
+    encoder: str | None = None
 
     def __call__(self, method: str, n_clusters: int | None, seed: int) -> Discoverer:
         """Return an unfitted estimator."""
-        return Discoverer(find_method(self.task, method)(n_clusters, seed), SPACES.get(method, {}), self.tune)
+        estimator = find_method(self.task, method)(n_clusters, seed)
+        if self.task == "ncd-image" and hasattr(estimator, "get_params"):
+            given = {"shape": self.shape, "encoder": self.encoder}
+            estimator.set_params(**{k: v for k, v in given.items() if k in estimator.get_params()})
+        return Discoverer(estimator, SPACES.get(method, {}), self.tune, standardise=self.task == "ncd-table")
 
 
 def find_method(task: str, name: str) -> Callable[[int | None, int], Any]:
@@ -112,13 +138,11 @@ def compare_discovery(
     data: str | Path | PartlyLabelled = "digits",
     methods: Sequence[str] | None = None,
     *,
-    label: str | None = None,
-    truth: str | Path | None = None,
     n_novel: int | None = None,
     reference: str = "kmeans",
     seeds: int = 5,
     tune: int = 0,
-    size: int = 32,
+    encoder: str | None = None,
     out: str | Path = "report",
     workers: int = 1,
     command: str = "",
@@ -128,10 +152,11 @@ def compare_discovery(
 
     Parameters
     ----------
-    task : {"ncd-table"}
+    task : {"ncd-table", "ncd-image"}
         What the items are.
-    data, label, truth, size
-        As for [`load_unlabelled`][classact.data.unlabelled.load_unlabelled]. For ``digits`` the truth is known.
+    data : str, path or PartlyLabelled
+        What [`load_unlabelled`][classact.data.unlabelled.load_unlabelled] reads, or has read with further options. For
+        ``digits`` the truth is known.
     methods : sequence of str
         Names of the task, or ``package.module:factory``, called with ``n_clusters`` (None: to be estimated) and
         ``random_state``.
@@ -143,6 +168,9 @@ def compare_discovery(
         Fits of every method; each draws other items to hold out, and other starts.
     tune : int
         Settings drawn for every method that has some, chosen on known classes that are hidden; 0 takes the defaults.
+    encoder : str, optional
+        For images: a network of timm, with its pretrained weights, for the methods that have one; by default a small
+        one is trained from nothing.
     out : path
         Folder of the report; a comparison that was stopped goes on there.
     workers : int
@@ -157,7 +185,10 @@ def compare_discovery(
     StudyError, DataError
         If a name or the data do not fit.
     """
-    items = data if isinstance(data, PartlyLabelled) else load_unlabelled(data, label, truth, size)
+    items = data if isinstance(data, PartlyLabelled) else load_unlabelled(data, images=task == "ncd-image")
+    if (items.x.ndim == 4) != (task == "ncd-image"):
+        kind, other = ("images", "ncd-image") if items.x.ndim == 4 else ("rows of a table", "ncd-table")
+        raise StudyError(f"{items.name}: these are {kind}; the task for them is {other}")
     names = list(dict.fromkeys([reference, *(methods or TASKS[task][1])]))
     for name in names:
         find_method(task, name)
@@ -175,12 +206,15 @@ def compare_discovery(
             f"tune: hides known classes, of which at least 3 are needed, and there are {known} "
             f"({', '.join(items.classes)})"
         )
-    study = DiscoveryStudy(items.x, items.y, Builder(task, tune), agreement, n_novel, n_hidden)
+    study = DiscoveryStudy(
+        items.x, items.y, Builder(task, tune, items.x.shape[1:], encoder), agreement, n_novel, n_hidden
+    )
     definition = {
         "task": task,
         "data": {"name": items.name, "items": len(items.y), "sum": float(items.x.sum()), "unlabelled": unlabelled},
         "n_novel": n_novel,
         "tune": tune,
+        "encoder": encoder,
     }
     hides = (False, True) if n_hidden else (False,)
     jobs = {
@@ -201,13 +235,15 @@ def compare_discovery(
         "Settings": f"{tune} drawn for each method that has some, chosen on hidden known classes"
         if tune
         else "defaults",
-        "Items": "a quarter of every class and of the unlabelled items is held out, drawn anew for each seed; columns "
-        "are standardised by the others",
+        "Items": "a quarter of every class and of the unlabelled items is held out, drawn anew for each seed"
+        + ("; columns are standardised by the others" if task == "ncd-table" else ""),
         "Hidden classes": f"{n_hidden} of {known} known classes in every seed, of the known items alone"
         if n_hidden
         else "too few known classes to hide some",
         "Intervals": f"95 %, over {seeds} seeds; they do not say what another data set would give",
     }
+    if task == "ncd-image":
+        found.facts["Encoder"] = f"{encoder}, pretrained" if encoder else "a small one, trained from nothing"
     write_discovery_report(found, Path(out), command)
     return found
 
@@ -249,12 +285,10 @@ def discover_classes(
     data: str | Path | PartlyLabelled = "digits",
     method: str = "auto",
     *,
-    task: str = "ncd-table",
-    label: str | None = None,
     n_novel: int | None = None,
     seeds: int = 5,
     tune: int = 0,
-    size: int = 32,
+    encoder: str | None = None,
     out: str | Path = "report",
     workers: int = 1,
     command: str = "",
@@ -267,7 +301,7 @@ def discover_classes(
 
     Parameters
     ----------
-    data, label, size, n_novel, tune, workers, command, quiet
+    data, n_novel, tune, encoder, workers, command, quiet
         As in [`compare_discovery`][classact.tasks.discovery.compare_discovery].
     method : str
         Name of a method, or ``auto``: of the methods of the task the one that finds hidden known classes best; where
@@ -275,7 +309,8 @@ def discover_classes(
     seeds : int
         Fits to parts of the items, which give the confidence.
     """
-    items = data if isinstance(data, PartlyLabelled) else load_unlabelled(data, label, None, size)
+    items = data if isinstance(data, PartlyLabelled) else load_unlabelled(data)
+    task = "ncd-image" if items.x.ndim == 4 else "ncd-table"
     blind = replace(items, truth=None)
     names = list(TASKS[task][1]) if method == "auto" else [method]
     place = Path(out)
@@ -287,6 +322,7 @@ def discover_classes(
         n_novel=n_novel,
         seeds=seeds,
         tune=tune,
+        encoder=encoder,
         out=place / "comparison",
         workers=workers,
         command=command,
@@ -300,7 +336,7 @@ def discover_classes(
         why = f"it found hidden known classes best (accuracy {best.hidden.effect:.3f})"
     else:
         why = f"its fits agree most (adjusted Rand index {best.agreement:.2f}); too few known classes to hide some"
-    model = Builder(task, tune)(best.method, n_novel, 0).fit(items.x, items.y)
+    model = Builder(task, tune, items.x.shape[1:], encoder)(best.method, n_novel, 0).fit(items.x, items.y)
     found = FoundClasses(model, items.x, items.y, items.classes, items.columns)
     novel = items.unlabelled
     labels = np.array([found.names[int(c)] for c in model.labels_[novel]], object)
