@@ -613,6 +613,59 @@ for _task, (_kind, _help) in DISCOVERY.items():
     compare_app.command(_task, help=_help)(_compare_discovery(_task, _kind))
 
 
+@compare_app.command("label-space")
+def compare_label_space(
+    data: Annotated[
+        str, typer.Argument(help="diabetes, or a labelled table (.csv, .parquet, .npz), or labelled images as rows.")
+    ] = "diabetes",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Distances between labels: order (they are numbers), a .csv with the columns child,parent or "
+            "source,target or a square table, or an .npz with labels and embeddings."
+        ),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; yours as package.module:function.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the table that holds the labels.")] = None,
+    hide: Annotated[str | None, typer.Option(help="Comma-separated classes that are kept from the fit.")] = None,
+    hidden_share: Annotated[float, typer.Option(help="Share of the classes to draw for that, without --hide.")] = 0.3,
+    classifier: Annotated[str, typer.Option(help="logistic, forest, or package.module:factory.")] = "logistic",
+    reference: Annotated[str, typer.Option(help="Method that differences are taken to.")] = "argmax",
+    seeds: Annotated[int, typer.Option(help="Splits, each with other hidden classes.")] = 10,
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+) -> None:
+    """Predict labels between which there are distances, some of them never seen in training."""
+    with _plain_errors():
+        from classact.evidence.label_report import rich_table
+        from classact.tasks import label_space
+
+        _import_from_here()
+        found = label_space.compare_label_space(
+            data,
+            None if methods is None else _names(methods),
+            metric=metric,
+            label=label,
+            hide=[] if hide is None else _names(hide),
+            hidden_share=hidden_share,
+            classifier=classifier,
+            reference=reference,
+            seeds=seeds,
+            out=out,
+            workers=workers,
+            command=_command(),
+        )
+        console = _console()
+        console.print(rich_table(found))
+        for name in ("Labels that can be predicted", "Worth labelling next"):
+            if name in found.facts:
+                console.print(f"{name}: {found.facts[name]}.", markup=False, soft_wrap=True)
+        for line in found.summary:
+            console.print(line, markup=False, soft_wrap=True)
+        print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+        print(f"Also there: results.csv, cells.csv, table.tex in {out}/")
+
+
 @app.command()
 def discover(
     data: Annotated[
