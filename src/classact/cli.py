@@ -551,7 +551,7 @@ DISCOVERY = {
         "Find the classes of unlabelled rows of a table, with and without the true ones.",
     ),
     "ncd-image": (
-        "digits, a folder of images in class folders with one named unlabelled; with --hide any labelled images.",
+        "digits; a folder of class folders and one named unlabelled; good/ or maps/ beside unlabelled/; or use --hide.",
         "Find the classes of unlabelled images, with and without the true ones.",
     ),
 }
@@ -583,28 +583,25 @@ def _compare_discovery(task: str, kind: str) -> "Callable[..., None]":
             from classact.data.unlabelled import load_unlabelled
             from classact.evidence.discovery_report import rich_table
             from classact.tasks.discovery import compare_discovery
+            from classact.tasks.inspection import compare_sorting, is_inspection
 
             _import_from_here()
             hidden = [] if hide is None else _names(hide)
-            found = compare_discovery(
-                task,
-                load_unlabelled(data, label, truth, size, task == "ncd-image", hidden, limit),
-                None if methods is None else _names(methods),
-                n_novel=novel,
-                reference=reference,
-                seeds=seeds,
-                tune=tune,
-                encoder=encoder,
-                out=out,
-                workers=workers,
-                command=_command(),
-            )
+            names = None if methods is None else _names(methods)
+            common: dict[str, Any] = {"n_novel": novel, "seeds": seeds, "encoder": encoder, "out": out}
+            common |= {"workers": workers, "command": _command()}
+            if task == "ncd-image" and is_inspection(data):
+                first = "kmeans-images" if reference == "kmeans" else reference
+                found = compare_sorting(data, names, truth=truth, reference=first, **common)
+            else:
+                items = load_unlabelled(data, label, truth, size, task == "ncd-image", hidden, limit)
+                found = compare_discovery(task, items, names, reference=reference, tune=tune, **common)
             console = _console()
             console.print(rich_table(found))
             for line in found.summary:
                 console.print(line, markup=False, soft_wrap=True)
             print(f"\nReport: {out / 'report.html'} (open it in a browser)")
-            print(f"Also there: results.csv, table.tex in {out}/")
+            print(f"Also there: results.csv, cells.csv, table.tex in {out}/")
 
     return run
 
@@ -671,8 +668,8 @@ def discover(
     data: Annotated[
         str,
         typer.Argument(
-            help="digits, a .csv or .parquet table with gaps in the label column, or a folder of images in class "
-            "folders with one named unlabelled."
+            help="digits, a .csv or .parquet table with gaps in the label column, a folder of images in class folders "
+            "with one named unlabelled, or an inspected product (good/ or maps/ beside unlabelled/)."
         ),
     ] = "digits",
     method: Annotated[str, typer.Option(help="auto, or the name of a method.")] = "auto",
@@ -690,7 +687,16 @@ def discover(
         from classact.data.unlabelled import load_unlabelled
         from classact.tasks.discovery import discover_classes
         from classact.tasks.found_report import novel_names
+        from classact.tasks.inspection import is_inspection, sort_defects
 
+        if is_inspection(data):
+            images = sort_defects(data, n_novel=novel, encoder=encoder, out=out, command=_command())
+            for name in images.names:
+                mine = [one == name for one in images.predictions.labels]
+                print(f"  {name:<10} {sum(mine):>6} images, mean confidence {images.confidence[mine].mean():.2f}")
+            print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+            print(f"Also there: labelled.csv, regions.csv, model.safetensors in {out}/")
+            return
         _import_from_here()
         found = discover_classes(
             load_unlabelled(data, label, size=size),

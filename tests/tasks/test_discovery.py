@@ -57,6 +57,8 @@ def test_planted_classes_are_found_by_every_method(tmp_path):
         file.name for file in tmp_path.iterdir()
     }
     assert len(found.table) == 5
+    cells = pd.read_csv(tmp_path / "cells.csv")
+    assert len(cells) == 5 * 2 and cells["transductive_accuracy"].eq(1).all() and cells["seed"].nunique() == 2
 
 
 def test_without_truth_it_ranks_by_hidden_classes_and_says_what_is_unknown(tmp_path):

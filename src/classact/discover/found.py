@@ -227,10 +227,11 @@ class FoundClasses:
         return path
 
 
-def load(path: str | Path) -> FoundClasses:
-    """Read what [`FoundClasses.save`][classact.discover.FoundClasses] wrote.
+def load(path: str | Path) -> Any:
+    """Read what `classact discover` or [`FoundClasses.save`][classact.discover.FoundClasses] wrote.
 
-    Loading runs code from the file, as every pickle does: only load files that you trust, with the same version of
+    A file ``.safetensors`` holds a network, which [`classact.load`][classact.load] builds. Any other is a pickle:
+    loading runs code from the file, as every pickle does: only load files that you trust, with the same version of
     scikit-learn.
 
     Raises
@@ -238,6 +239,10 @@ def load(path: str | Path) -> FoundClasses:
     ValueError
         If the file holds something else.
     """
+    if Path(path).suffix == ".safetensors":
+        from classact.saving import load as load_network
+
+        return load_network(path)
     import joblib
 
     found = joblib.load(path)

@@ -28,10 +28,10 @@ def small_encoder(shape: tuple[int, int, int]) -> nn.Module:
     c, h, w = shape
     n = max(1, round(math.log2(min(h, w))) - 2)
     body: list[nn.Module] = []
-    for before, after in pairwise([c, *(32 * 2 ** min(i, 2) for i in range(n))]):
+    for before, after in pairwise([c, *(16 * 2 ** min(i, 2) for i in range(n))]):
         body += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         h, w = -(-h // 2), -(-w // 2)
-    features = 32 * 2 ** min(n - 1, 2) * h * w
+    features = 16 * 2 ** min(n - 1, 2) * h * w
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
 
 

@@ -39,6 +39,8 @@ class DiscoveryStudy:
         Number of novel classes, if it is known.
     n_hidden : int
         Number of known classes to hide for the score that needs no truth; 0 leaves it out.
+    rows : (n, d) array, optional
+        Items as they are shown, and as the silhouette is taken; by default `x`.
     """
 
     x: np.ndarray
@@ -47,6 +49,7 @@ class DiscoveryStudy:
     score: Callable[[np.ndarray, np.ndarray], dict[str, float]]
     n_novel: int | None = None
     n_hidden: int = 0
+    rows: np.ndarray | None = None
 
 
 def draw(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,10 +93,11 @@ def run_cell(study: DiscoveryStudy, method: str, seed: int, hide: bool) -> tuple
         values["known_accuracy"] = float(np.mean(model.predict_known(x[known_rows]) == y[known_rows]))
     rows = np.flatnonzero(y < 0)
     shown = np.random.default_rng(0).permutation(rows)[:SHOWN]
-    values["silhouette"] = _silhouette(_flat(x[shown]), labels[shown])
+    flat = _flat((x if study.rows is None else study.rows)[shown])
+    values["silhouette"] = _silhouette(flat, labels[shown])
     arrays = {"labels": labels.astype(np.int32)}
     if seed == 0:
-        arrays |= {"shown": shown, "before": _plane(_flat(x[shown]))}
+        arrays |= {"shown": shown, "before": _plane(flat)}
         if hasattr(model, "transform"):
             arrays["after"] = _plane(np.asarray(model.transform(x[shown])))
     return values, arrays
@@ -178,6 +182,8 @@ class DiscoveryComparison:
         ``method -> [(n,), ...]``, clusters of all items by seed, -1 for labelled ones.
     true_names : (m,) array, optional
         Classes of the items in the pictures.
+    cells : list of dict
+        Every figure of every method and seed.
     facts : dict
         How it was done, in words.
     """
@@ -190,6 +196,7 @@ class DiscoveryComparison:
     pictures: dict[str, dict[str, np.ndarray]]
     labels: dict[str, list[np.ndarray]]
     true_names: np.ndarray | None
+    cells: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -318,6 +325,13 @@ def judge(
     shown = arrays[methods[0], 0]["shown"]
     names = None if truth is None else np.array([str(one) for one in truth[shown]])
     of_seeds = {method: [arrays[method, seed]["labels"] for seed in seeds] for method in methods}
+    lines = [
+        {"method": method, "seed": seed, **cells[method, seed, False]}
+        | {f"{kind}_{name}": float(v[place]) for kind, of in kinds[method].items() for name, v in of.items()}
+        | {f"hidden_{name}": value for name, value in cells.get((method, seed, True), {}).items()}
+        for method in methods
+        for place, seed in enumerate(seeds)
+    ]
     return DiscoveryComparison(
-        task, data, reference, sorted(rows, key=rank), truth is not None, pictures, of_seeds, names
+        task, data, reference, sorted(rows, key=rank), truth is not None, pictures, of_seeds, names, lines
     )

@@ -20,12 +20,15 @@ SCORES = {"accuracy": "accuracy", "nmi": "NMI", "ari": "ARI"}
 
 
 def write_discovery_report(found: DiscoveryComparison, folder: Path, command: str) -> None:
-    """Write ``report.html``, ``results.csv``, ``table.txt``, ``table.tex`` and the figures as PNG."""
+    """Write ``report.html``, ``results.csv``, ``cells.csv``, ``table.txt``, ``table.tex`` and the figures as PNG."""
+    import pandas as pd
+
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"scores": png(score_figure(found)), "found": png(found_figure(found))}
     for name, content in figures.items():
         write_atomically(folder / f"{name}.png", content)
     write_atomically(folder / "results.csv", found.table.to_csv(index=False).encode())
+    write_atomically(folder / "cells.csv", pd.DataFrame(found.cells).to_csv(index=False).encode())
     write_atomically(folder / "table.txt", (plain_table(found) + "\n").encode())
     write_atomically(folder / "table.tex", latex_table(found).encode())
     write_atomically(folder / "report.html", html_page(found, figures, command).encode())
@@ -136,7 +139,8 @@ def score_figure(found: DiscoveryComparison) -> "Figure":
     axes.set_xlabel("clustering accuracy")
     axes.grid(axis="x", color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
@@ -217,6 +221,6 @@ are given. Embeddings of methods that learn one are their own.</small></p>
 {shown}
 <h2>How this was found</h2><table>{fact_rows(facts.items())}</table>
 <pre>{escape(command)}</pre>
-<p>Beside this page: <code>results.csv</code>, <code>table.tex</code>.</p>
+<p>Beside this page: <code>results.csv</code>, <code>cells.csv</code> (every seed), <code>table.tex</code>.</p>
 </body></html>
 """
