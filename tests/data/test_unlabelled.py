@@ -66,6 +66,12 @@ def test_bad_places(tmp_path):
         load_unlabelled(tmp_path)
 
 
+def test_constant_columns_are_named(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b,c,label\n1,5,7,x\n2,5,7,\n3,5,7,y\n")
+    with pytest.warns(UserWarning, match="the same in every row: b, c$"):
+        assert load_unlabelled(path).x.shape == (3, 3)
+
+
 def test_classes_are_hidden_on_request(tmp_path):
     found = load_unlabelled("digits", hide=["3", "7"], limit=300)
     assert found.classes == ("0", "1", "2", "4", "5", "6", "8", "9")

@@ -1,5 +1,6 @@
 """Data in which classes are missing: tables with gaps in the label column, image folders with an `unlabelled` one."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,6 +183,8 @@ def _table(path: Path, label: str | None, truth: str | None) -> PartlyLabelled:
             f"{path}: missing or infinite values, by column: {bad}; fill them, for instance with"
             " sklearn.impute.SimpleImputer, or drop them"
         )
+    if constant := [str(c) for c, same in zip(rest.columns, (x == x[:1]).all(0), strict=True) if same]:
+        warnings.warn(f"{path}: columns that are the same in every row: {', '.join(constant)}", stacklevel=3)
     y, classes = _numbered(str(path), np.array([_class(value) for value in table[column]], object))
     names = None if truth is None else np.array([_class(value) for value in table[truth]], object)
     items = tuple(str(number + 1) for number in range(len(table)))
