@@ -23,6 +23,7 @@ from classact.data.inspection import Inspection, open_inspection
 from classact.data.photos import list_photos
 from classact.discover.anomalyncd import AnomalyNCD, CropViews, MEBin, PatchMemory, Predictions, fit_anomalyncd
 from classact.discover.anomalyncd.fit import DINO, estimate_n_novel
+from classact.discover.anomalyncd.model import UNSURE
 from classact.evidence.discovery import DiscoveryComparison, DiscoveryStudy, judge, run_cell
 from classact.evidence.discovery_report import write_discovery_report
 from classact.evidence.executors import Job, run_jobs
@@ -293,9 +294,7 @@ class Sorted:
     def names(self) -> list[str]:
         """Classes that images were put into, the largest first, "unsure" last."""
         labels, counts = np.unique(self.predictions.labels, return_counts=True)
-        order = sorted(
-            zip(labels.tolist(), counts.tolist(), strict=True), key=lambda one: (one[0] == "unsure", -one[1])
-        )
+        order = sorted(zip(labels.tolist(), counts.tolist(), strict=True), key=lambda one: (one[0] == UNSURE, -one[1]))
         return [name for name, _ in order]
 
 
@@ -393,7 +392,7 @@ def _page(found: Sorted, title: str, unsure_below: float, command: str) -> str:
     }
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Defects of {escape(title)}</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>{len(found.names)} classes of images</h1><small>in {escape(title)}</small>
+<h1>{len(set(found.names) - {UNSURE})} classes of images</h1><small>in {escape(title)}</small>
 <div class="summary"><p>Images were sorted by the type of their defects. "normal" is where images with a low anomaly
 score are drawn; nothing forces good images there, so look at every class. Boxes are the judged regions.</p></div>
 {"".join(sections)}
