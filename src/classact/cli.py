@@ -591,6 +591,9 @@ def _compare_discovery(task: str, kind: str) -> "Callable[..., None]":
             common: dict[str, Any] = {"n_novel": novel, "seeds": seeds, "encoder": encoder, "out": out}
             common |= {"workers": workers, "command": _command()}
             if task == "ncd-image" and is_inspection(data):
+                given = {"--label": label, "--tune": tune, "--hide": hide, "--limit": limit}
+                if meaningless := [name for name, value in given.items() if value]:
+                    raise ValueError(f"{', '.join(meaningless)}: not for an inspected product, where no class is known")
                 first = "kmeans-images" if reference == "kmeans" else reference
                 found = compare_sorting(data, names, truth=truth, reference=first, **common)
             else:
@@ -690,6 +693,8 @@ def discover(
         from classact.tasks.inspection import is_inspection, sort_defects
 
         if is_inspection(data):
+            if method not in ("auto", "anomalyncd") or label or tune:
+                raise ValueError("--method, --label, --tune: not for an inspected product, which AnomalyNCD sorts")
             images = sort_defects(data, n_novel=novel, encoder=encoder, out=out, command=_command())
             for name in images.names:
                 mine = [one == name for one in images.predictions.labels]

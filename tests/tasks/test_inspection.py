@@ -9,8 +9,10 @@ from classact.cli import app
 from classact.data.bag_files import DataError
 from classact.data.defects import anomaly_maps, textured_products
 from classact.discover.found import load
+from classact.discover.metrics import cluster_accuracy
+from classact.evidence.discovery import draw
 from classact.evidence.store import StudyError
-from classact.tasks.inspection import METHODS, compare_sorting, is_inspection, sort_defects
+from classact.tasks.inspection import METHODS, compare_sorting, is_inspection, read_truth, sort_defects
 
 VIT = {
     "model_name": "vit_tiny_patch16_224",
@@ -52,9 +54,16 @@ def test_methods_are_compared_on_a_product(product, tmp_path):
         product / "product", truth=product / "truth", n_novel=4, seeds=2, out=tmp_path, quiet=True, **SMALL
     )
     assert {row.method for row in found.rows} == set(METHODS)
+    truth = read_truth(product / "truth", [f"part_{k:02d}" for k in range(15)]).astype(str)
+    assert len(set(truth)) == 5
     for row in found.rows:
         assert row.n_found == (4, 4)
-        assert 0.2 < row.transductive["accuracy"].effect <= 1 and 0 < row.inductive["accuracy"].effect <= 1
+        for kind, part in ((row.transductive, 0), (row.inductive, 1)):
+            scores = []
+            for seed, labels in enumerate(found.labels[row.method]):
+                items = draw(np.full(15, -1), seed)[part]
+                scores.append(cluster_accuracy(truth[items], labels[items]))
+            assert kind["accuracy"].effect == pytest.approx(np.mean(scores))
         assert np.isnan(row.hidden.effect) and np.isnan(row.known.effect)
     page = (tmp_path / "report.html").read_text()
     assert "15 unlabelled images" in page and "given" in page
@@ -67,7 +76,9 @@ def test_maps_are_made_from_good_images_and_numbers_estimated(product, tmp_path)
     bare.mkdir()
     for part in ("unlabelled", "good"):
         (bare / part).symlink_to(product / "product" / part)
-    found = compare_sorting(bare, ["kmeans-images"], seeds=2, out=tmp_path / "report", quiet=True, **SMALL)
+    found = compare_sorting(
+        bare, ["kmeans-images", "anomalyncd"], seeds=2, out=tmp_path / "report", quiet=True, **SMALL
+    )
     assert found.rows[0].transductive == {} and min(found.rows[0].n_found) >= 2
     assert "detector made from the good images" in found.facts["Anomaly maps"]
 
@@ -111,6 +122,12 @@ def test_command_line(product, tmp_path, monkeypatch):
     )
     assert done.exit_code == 0, done.output
     assert "kmeans-crops" in done.output and "unknown, since no true classes were given" in done.output
+    for wrong in (
+        ["compare", "ncd-image", str(product / "product"), "--tune", "3"],
+        ["discover", str(product / "product"), "--method", "pbn"],
+    ):
+        broken = CliRunner().invoke(app, wrong)
+        assert broken.exit_code == 1 and "not for an inspected product" in broken.output
 
 
 @pytest.mark.bare

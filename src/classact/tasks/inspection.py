@@ -68,12 +68,13 @@ class Sorter:
         images, maps = self._of(x)
         of = self.sorting
         if self.method == "anomalyncd":
-            base = of.inspection.arguments()["base"]
+            given = of.inspection.arguments()
             self.model = fit_anomalyncd(
                 images,
-                maps,
+                maps if given["maps"] is not None else None,  # else it makes its own, as for `sort_defects`
                 n_novel=self.n_clusters or "estimate",
-                base=base,
+                good=given["good"],
+                base=given["base"],
                 vit=of.vit,
                 seed=self.seed,
                 model_options=of.options,
@@ -111,7 +112,8 @@ class Sorter:
         """Cluster of each image."""
         images, maps = self._of(x)
         if self.method == "anomalyncd":
-            return np.asarray(self.model.predict(images, maps).probabilities.argmax(1).numpy())
+            given = None if self.model.detector is not None else maps
+            return np.asarray(self.model.predict(images, given).probabilities.argmax(1).numpy())
         return np.asarray(pairwise_distances_argmin(self._embed(images, maps), self._means))
 
     def _transform(self, x: np.ndarray) -> np.ndarray:
@@ -131,27 +133,16 @@ class Sorter:
                 found.append((weight.unsqueeze(-1) * f).sum((0, 1)) / weight.sum().clamp(min=1e-12))
             z = torch.stack(found)
         elif self.method == "kmeans-images":
-            z = torch.cat(
-                [
-                    model(F.interpolate(image[None], (size, size), antialias=True, mode="bilinear"), mask).embedding
-                    for image in images
-                    for mask in [torch.ones(1, 1, size, size)]
-                ]
-            )
+            whole = [F.interpolate(image[None], (size, size), antialias=True, mode="bilinear") for image in images]
+            parts = torch.cat(whole).split(32)
+            z = torch.cat([model(part, torch.ones(len(part), 1, size, size)).embedding for part in parts])
         else:
             crops = model.crops(images, maps)
-            largest = [
-                int(rows[crops.areas[rows].argmax()])
-                for k in range(len(images))
-                for rows in [torch.nonzero(crops.image_id == k).squeeze(1)]
-            ]
-            views = CropViews(size)
-            z = torch.cat(
-                [
-                    model(*views.central(crops.images[part], crops.masks[part])).embedding
-                    for part in torch.tensor(largest).split(32)
-                ]
-            )
+            order = np.lexsort((crops.areas.numpy(), crops.image_id.numpy()))
+            largest = order[np.cumsum(np.bincount(crops.image_id.numpy())) - 1]  # the last of each image
+            views, parts = CropViews(size), torch.from_numpy(largest).split(32)
+            cut = [views.central(crops.images[part], crops.masks[part]) for part in parts]
+            z = torch.cat([model(*one).embedding for one in cut])
         return np.asarray(F.normalize(z, dim=-1).double().numpy())
 
 
