@@ -8,7 +8,7 @@ from jaxtyping import config, install_import_hook
 
 # an int is a float here, as everywhere in Python's typing
 install_import_hook(
-    ("classact.discover", "classact.explain", "classact.mil", "classact.nn"),
+    ("classact.discover", "classact.explain", "classact.mil", "classact.nn", "classact.probe", "classact.rules"),
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

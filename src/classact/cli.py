@@ -581,7 +581,7 @@ def _compare_discovery(task: str, kind: str) -> "Callable[..., None]":
     ) -> None:
         with _plain_errors():
             from classact.data.unlabelled import load_unlabelled
-            from classact.evidence.discovery_report import rich_table
+            from classact.evidence.discovery_report import grid
             from classact.tasks.discovery import compare_discovery
             from classact.tasks.inspection import compare_sorting, is_inspection
 
@@ -600,7 +600,7 @@ def _compare_discovery(task: str, kind: str) -> "Callable[..., None]":
                 items = load_unlabelled(data, label, truth, size, task == "ncd-image", hidden, limit)
                 found = compare_discovery(task, items, names, reference=reference, tune=tune, **common)
             console = _console()
-            console.print(rich_table(found))
+            console.print(grid(found, full=False).rich())
             for line in found.summary:
                 console.print(line, markup=False, soft_wrap=True)
             print(f"\nReport: {out / 'report.html'} (open it in a browser)")
@@ -637,7 +637,7 @@ def compare_label_space(
 ) -> None:
     """Predict labels between which there are distances, some of them never seen in training."""
     with _plain_errors():
-        from classact.evidence.label_report import rich_table
+        from classact.evidence.label_report import grid
         from classact.tasks import label_space
 
         _import_from_here()
@@ -656,7 +656,7 @@ def compare_label_space(
             command=_command(),
         )
         console = _console()
-        console.print(rich_table(found))
+        console.print(grid(found).rich())
         for name in ("Labels that can be predicted", "Worth labelling next"):
             if name in found.facts:
                 console.print(f"{name}: {found.facts[name]}.", markup=False, soft_wrap=True)
@@ -720,6 +720,222 @@ def discover(
             print(f"  {name:<10} {mine.sum():>6} items, mean confidence {found.confidence[mine].mean():.2f}")
         print(f"\nReport: {out / 'report.html'} (open it in a browser)")
         print(f"Also there: labelled.csv, typical.csv, model.joblib in {out}/")
+
+
+@compare_app.command("rules")
+def compare_rules(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="digits, torchvision:MNIST:ROOT, a folder of IDX files or of images in class folders, a .csv, "
+            ".parquet or .npz file."
+        ),
+    ] = "digits",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: fa, dfa, dtp, ccl, noprop-dt, noprop-ct, noprop-fm; yours as package.module:factory."
+        ),
+    ] = None,
+    network: Annotated[str, typer.Option(help="mlp or cnn.")] = "mlp",
+    seeds: Annotated[int, typer.Option(help="Trainings of every rule.")] = 5,
+    tune: Annotated[int, typer.Option(help="Learning rates in the grid of every rule.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Epochs of every training.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Items per step.")] = 128,
+    limit: Annotated[int | None, typer.Option(help="Take so many items to train, drawn once.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of a table that holds the classes.")] = None,
+    size: Annotated[int, typer.Option(help="Side to which images of a folder are reduced.")] = 32,
+    device: DeviceOption = "cpu",
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+) -> None:
+    """Compare learning rules that need no global backward pass with back-propagation: accuracy, time, memory."""
+    with _plain_errors():
+        from classact.tasks.rules import compare_rules as run
+
+        _import_from_here()
+        found = run(
+            data,
+            None if methods is None else _names(methods),
+            network=network,  # type: ignore[arg-type]
+            seeds=seeds,
+            tune=tune,
+            epochs=epochs,
+            batch_size=batch_size,
+            limit=limit,
+            label=label,
+            size=size,
+            out=out,
+            workers=workers,
+            device=device,
+            command=_command(),
+        )
+        console = _console()
+        console.print(found.grid().rich())
+        for line in found.summary:
+            console.print(line, markup=False, soft_wrap=True)
+        print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+        print(f"Also there: results.csv, cells.csv, table.tex in {out}/")
+
+
+probe_app = typer.Typer(no_args_is_help=True, help="Look into trained networks: what have they learned?")
+app.add_typer(probe_app, name="probe")
+
+ProbeData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A folder of photographs; for a network of your own digits, a folder of IDX files or of images in class "
+        "folders, a .csv, .parquet or .npz file.",
+    ),
+]
+ProbeModels = Annotated[
+    list[str],
+    typer.Option("--model", help="efficientnet-lite0, timm:NAME, torchvision:NAME or package.module:factory."),
+]
+ProbeWeights = Annotated[list[Path] | None, typer.Option("--weights", help="One file per network.")]
+ProbeLayers = Annotated[str | None, typer.Option(help="Names of layers, comma-separated.")]
+ProbeLimit = Annotated[int | None, typer.Option(help="Take so many items, drawn at random.")]
+ProbeLabel = Annotated[str | None, typer.Option(help="Column of a table that holds the classes.")]
+ProbeSize = Annotated[int, typer.Option(help="Side to which images are reduced for a network of your own.")]
+ProbeSeed = Annotated[int, typer.Option(help="Of everything drawn.")]
+ProbeOut = Annotated[Path, typer.Option(help="Folder of the report.")]
+
+
+def _probe(tool: str, data: str, models: list[str], out: Path, layers: str | None = None, **options: Any) -> None:
+    with _plain_errors():
+        from classact.tasks.probe import probe
+
+        _import_from_here()
+        chosen = None if layers is None else _names(layers)
+        found = probe(tool, data, models, layers=chosen, out=out, command=_command(), **options)
+        console = _console()
+        console.print(found.grid().rich())
+        for line in found.summary:
+            console.print(line, markup=False, soft_wrap=True)
+        print(f"\nReport: {out / 'report.html'} (open it in a browser)")
+
+
+@probe_app.command("convergent")
+def probe_convergent(
+    data: ProbeData,
+    model: ProbeModels,
+    weights: ProbeWeights = None,
+    preprocess: PreprocessOption = None,
+    layers: Annotated[str | None, typer.Option(help="NAME or FIRST|SECOND, comma-separated.")] = None,
+    positions: Annotated[int | None, typer.Option(help="Positions of a map drawn per image (default: all).")] = None,
+    limit: ProbeLimit = None,
+    label: ProbeLabel = None,
+    size: ProbeSize = 64,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "cpu",
+    seed: ProbeSeed = 0,
+    out: ProbeOut = Path("report"),
+) -> None:
+    """Tell whether two networks know the same: units matched, predicted, clustered across them, with controls."""
+    options = {"weights": weights or (), "preprocess": preprocess, "positions": positions, "limit": limit}
+    options |= {"label": label, "size": size, "batch_size": batch_size, "device": device, "seed": seed}
+    _probe("convergent", data, model, out, layers, **options)
+
+
+@probe_app.command("nap")
+def probe_nap(
+    data: ProbeData,
+    model: ProbeModels,
+    weights: ProbeWeights = None,
+    preprocess: PreprocessOption = None,
+    delta: Annotated[float, typer.Option(help="Share of the items of a class for which a neuron must agree.")] = 0.95,
+    layers: ProbeLayers = None,
+    verify: Annotated[int, typer.Option(help="Prove what holds around so many items (networks of ReLUs).")] = 0,
+    seconds: Annotated[float, typer.Option(help="For every question of the verification.")] = 10.0,
+    limit: ProbeLimit = None,
+    label: ProbeLabel = None,
+    size: ProbeSize = 64,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "cpu",
+    seed: ProbeSeed = 0,
+    out: ProbeOut = Path("report"),
+) -> None:
+    """Mine the activation patterns that the inputs of each class share, judge them, and prove what they guarantee."""
+    options = {"weights": weights or (), "preprocess": preprocess, "delta": delta, "verify": verify}
+    options |= {"seconds": seconds, "limit": limit, "label": label, "size": size, "batch_size": batch_size}
+    _probe("nap", data, model, out, layers, device=device, seed=seed, **options)
+
+
+@probe_app.command("lazyneuron")
+def probe_lazyneuron(
+    data: ProbeData,
+    model: ProbeModels,
+    weights: ProbeWeights = None,
+    preprocess: PreprocessOption = None,
+    layers: ProbeLayers = None,
+    limit: ProbeLimit = None,
+    label: ProbeLabel = None,
+    size: ProbeSize = 64,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "cpu",
+    seed: ProbeSeed = 0,
+    out: ProbeOut = Path("report"),
+) -> None:
+    """Measure how few hidden units of the MLPs of a transformer or perceptron fire."""
+    options = {"weights": weights or (), "preprocess": preprocess, "limit": limit, "label": label, "size": size}
+    _probe("lazyneuron", data, model, out, layers, batch_size=batch_size, device=device, seed=seed, **options)
+
+
+@probe_app.command("ftwt")
+def probe_ftwt(
+    data: ProbeData,
+    model: ProbeModels,
+    weights: ProbeWeights = None,
+    preprocess: PreprocessOption = None,
+    grid: Annotated[
+        str, typer.Option(help="Masses of the heatmap to keep, comma-separated.")
+    ] = "1,0.97,0.95,0.9,0.85,0.8",
+    limit: ProbeLimit = None,
+    label: ProbeLabel = None,
+    size: ProbeSize = 64,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "cpu",
+    seed: ProbeSeed = 0,
+    out: ProbeOut = Path("report"),
+) -> None:
+    """Estimate how many operations dynamic pruning would save, before any training."""
+    with _plain_errors():
+        masses = [float(part) for part in _names(grid)]
+    options: dict[str, Any] = {
+        "weights": weights or (),
+        "preprocess": preprocess,
+        "grid": masses,
+        "limit": limit,
+        "label": label,
+    }
+    _probe("ftwt", data, model, out, size=size, batch_size=batch_size, device=device, seed=seed, **options)
+
+
+@probe_app.command("inductivebias")
+def probe_inductivebias(
+    data: Annotated[
+        str,
+        typer.Option("--data", help="digits, a folder of IDX files, images in class folders, .csv, .parquet, .npz."),
+    ] = "digits",
+    spaces: Annotated[str | None, typer.Option(help="Hypothesis spaces: rbf, mlp, cnn.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Test error to reach; by default that of a ridge regression.")
+    ] = None,
+    train: Annotated[int, typer.Option(help="Items that every hypothesis must fit.")] = 300,
+    test: Annotated[int, typer.Option(help="Items on which its error is measured.")] = 300,
+    samples: Annotated[int, typer.Option(help="Hypotheses drawn from every space.")] = 100,
+    label: ProbeLabel = None,
+    size: ProbeSize = 16,
+    device: DeviceOption = "cpu",
+    seed: ProbeSeed = 0,
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    out: ProbeOut = Path("report"),
+) -> None:
+    """Estimate how much prior knowledge a task needs, relative to a kernel and to architectures."""
+    options: dict[str, Any] = {"spaces": None if spaces is None else _names(spaces), "target": target, "train": train}
+    options |= {"test": test, "samples": samples, "label": label, "size": size, "device": device, "seed": seed}
+    _probe("inductivebias", data, [], out, workers=workers, **options)
 
 
 def _names(text: str) -> list[str]:

@@ -1,16 +1,13 @@
 """The report of a comparison of novel class discovery: printed table, CSV, LaTeX, figures, one HTML page."""
 
-import base64
-import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from classact.evidence.discovery import DiscoveryComparison, DiscoveryRow
 from classact.evidence.figures import new_figure, png
-from classact.evidence.report import STYLE, fact_rows, versions
-from classact.evidence.statistics import Interval
+from classact.evidence.page import Grid, Section, interval_cell, page
 from classact.evidence.store import write_atomically
 
 if TYPE_CHECKING:
@@ -29,8 +26,8 @@ def write_discovery_report(found: DiscoveryComparison, folder: Path, command: st
         write_atomically(folder / f"{name}.png", content)
     write_atomically(folder / "results.csv", found.table.to_csv(index=False).encode())
     write_atomically(folder / "cells.csv", pd.DataFrame(found.cells).to_csv(index=False).encode())
-    write_atomically(folder / "table.txt", (plain_table(found) + "\n").encode())
-    write_atomically(folder / "table.tex", latex_table(found).encode())
+    write_atomically(folder / "table.txt", (grid(found).plain() + "\n").encode())
+    write_atomically(folder / "table.tex", grid(found).latex().encode())
     write_atomically(folder / "report.html", html_page(found, figures, command).encode())
 
 
@@ -52,27 +49,18 @@ def header(found: DiscoveryComparison) -> list[str]:
     return names
 
 
-def _cell(of: Interval | None, signed: bool = False) -> str:
-    if of is None or not np.isfinite(of.effect):
-        return "-"
-    sign = "+" if signed else ""
-    if not np.isfinite(of.low):
-        return f"{of.effect:{sign}.3f}"
-    return f"{of.effect:{sign}.3f} [{of.low:{sign}.3f}, {of.high:{sign}.3f}]"
-
-
 def line(found: DiscoveryComparison, row: DiscoveryRow) -> list[str]:
     """The cells of one method; of NMI and ARI the mean alone."""
     cells = [row.method]
     if found.truth:
         for kind in (row.transductive, row.inductive):
-            cells += [_cell(kind[n]) if n == "accuracy" else f"{kind[n].effect:.3f}" for n in SCORES]
+            cells += [interval_cell(kind[n]) if n == "accuracy" else f"{kind[n].effect:.3f}" for n in SCORES]
     classes = sorted(set(row.n_found))
     cells += [
-        _cell(row.hidden),
-        _cell(row.difference, signed=True),
+        interval_cell(row.hidden),
+        interval_cell(row.difference, signed=True),
         "-" if np.isnan(row.p) else f"{row.p:.3f}",
-        _cell(row.known),
+        interval_cell(row.known),
         "-" if np.isnan(row.agreement) else f"{row.agreement:.2f}",
         "-" if np.isnan(row.silhouette.effect) else f"{row.silhouette.effect:.2f}",
         str(classes[0]) if len(classes) == 1 else f"{classes[0]}-{classes[-1]}",
@@ -81,41 +69,14 @@ def line(found: DiscoveryComparison, row: DiscoveryRow) -> list[str]:
     return cells
 
 
-def rich_table(found: DiscoveryComparison, full: bool = False) -> Any:
-    """The table for a terminal, which has no room for all columns unless it is to be `full`."""
-    from rich.table import Table
-
+def grid(found: DiscoveryComparison, full: bool = True) -> Grid:
+    """The table to print; a terminal has no room for all columns, and gets it without `full`."""
     left_out = () if full else ("Seen NMI", "Seen ARI", "New NMI", "New ARI", "Silhouette")
     kept = [k for k, name in enumerate(header(found)) if name not in left_out]
-    table = Table(title=f"{found.task} on {found.data}", title_justify="left")
-    for k in kept:
-        table.add_column(header(found)[k], justify="left" if k == 0 else "right")
-    for row in found.rows:
-        cells = line(found, row)
-        table.add_row(*(cells[k] for k in kept))
-    return table
-
-
-def plain_table(found: DiscoveryComparison) -> str:
-    """The same as plain text, with all columns."""
-    from rich.console import Console
-
-    console = Console(width=260, color_system=None)
-    with console.capture() as capture:
-        console.print(rich_table(found, full=True))
-    return capture.get().rstrip()
-
-
-def latex_table(found: DiscoveryComparison) -> str:
-    """The same for a paper; needs booktabs."""
-
-    def escape(text: str) -> str:
-        return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
-
-    names = header(found)
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}", r"\toprule", " & ".join(names) + r" \\", r"\midrule"]
-    lines += [" & ".join(escape(cell) for cell in line(found, row)) + r" \\" for row in found.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    lines = [[line(found, row)[k] for k in kept] for row in found.rows]
+    marked = {number: "control" for number, row in enumerate(found.rows) if row.method == found.reference}
+    title = f"{found.task} on {found.data}"
+    return Grid([header(found)[k] for k in kept], lines, title, {0: "best"} | marked)
 
 
 def score_figure(found: DiscoveryComparison) -> "Figure":
@@ -189,38 +150,23 @@ def _recoloured(labels: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 def html_page(found: DiscoveryComparison, figures: dict[str, bytes], command: str) -> str:
     """One self-contained page."""
-    escape = html.escape
-    head = "".join(f"<th>{escape(name)}</th>" for name in header(found))
-    lines = []
-    for row in found.rows:
-        kind = "control" if row.method == found.reference else "best" if row is found.rows[0] else ""
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in line(found, row))
-        lines.append(f'<tr class="{kind}">{cells}</tr>')
-    pictures = {"scores": "How well classes are found again", "found": "What was found"}
-    shown = "".join(
-        f'<h2>{title}</h2><img alt="{name}" src="data:image/png;base64,{base64.b64encode(figures[name]).decode()}">'
-        for name, title in pictures.items()
-    )
-    facts = found.facts | {"Versions": ", ".join(f"{k} {v}" for k, v in versions().items())}
-    title = f"{found.task} on {found.data}"
     truth = (
         "Seen: unlabelled items that took part in the fit (transductive). New: held-out items, which only the finished "
         "model saw (inductive). Accuracy is that of the best one-to-one matching of clusters and classes. "
         if found.truth
         else ""
     )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>Classes nobody labelled</h1><small>{escape(title)}</small>
-<div class="summary">{"".join(f"<p>{escape(one)}</p>" for one in found.summary)}</div>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
-<p><small>{truth}Hidden classes: accuracy on known classes whose labels were taken away. Difference: to
-{escape(found.reference)}, paired by seed, on {"seen items" if found.truth else "hidden classes"}. Agreement: mean
-adjusted Rand index of the labels of two seeds, each fitted on other rows. Silhouette: in the space of the items as they
-are given. Embeddings of methods that learn one are their own.</small></p>
-{shown}
-<h2>How this was found</h2><table>{fact_rows(facts.items())}</table>
-<pre>{escape(command)}</pre>
-<p>Beside this page: <code>results.csv</code>, <code>cells.csv</code> (every seed), <code>table.tex</code>.</p>
-</body></html>
-"""
+    text = (
+        f"{truth}Hidden classes: accuracy on known classes whose labels were taken away. Difference: to "
+        f"{found.reference}, paired by seed, on {'seen items' if found.truth else 'hidden classes'}. Agreement: mean "
+        "adjusted Rand index of the labels of two seeds, each fitted on other rows. Silhouette: in the space of the "
+        "items as they are given. Embeddings of methods that learn one are their own."
+    )
+    sections = [
+        Section(text=text, grid=grid(found)),
+        Section("How well classes are found again", figures={"scores": figures["scores"]}),
+        Section("What was found", figures={"found": figures["found"]}),
+    ]
+    beside = ("results.csv", "cells.csv", "table.tex")
+    subtitle = f"{found.task} on {found.data}"
+    return page("Classes nobody labelled", subtitle, found.summary, sections, found.facts, command, beside)

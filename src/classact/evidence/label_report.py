@@ -3,8 +3,6 @@
 The seeds are paired: each splits the items anew, hides classes from the fit, and fits one classifier for all methods.
 """
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from classact.evidence.figures import new_figure, png
-from classact.evidence.report import STYLE, fact_rows, versions
+from classact.evidence.page import Grid, Section, interval_cell, page
 from classact.evidence.statistics import Interval, corrected_interval, holm
 from classact.evidence.store import write_atomically
 
@@ -151,18 +149,9 @@ def write_label_report(found: LabelComparison, folder: Path, command: str) -> No
     write_atomically(folder / "distances.png", picture)
     write_atomically(folder / "results.csv", found.table.to_csv(index=False).encode())
     write_atomically(folder / "cells.csv", cells.to_csv(index=False).encode())
-    write_atomically(folder / "table.txt", (plain_table(found) + "\n").encode())
-    write_atomically(folder / "table.tex", latex_table(found).encode())
+    write_atomically(folder / "table.txt", (grid(found).plain() + "\n").encode())
+    write_atomically(folder / "table.tex", grid(found).latex().encode())
     write_atomically(folder / "report.html", html_page(found, picture, command).encode())
-
-
-def _cell(of: Interval | None, digits: int = 2, signed: bool = False) -> str:
-    if of is None or not np.isfinite(of.effect):
-        return "-"
-    form = f"{'+' if signed else ''}.{digits}f"
-    if not np.isfinite(of.low):
-        return f"{of.effect:{form}}"
-    return f"{of.effect:{form}} [{of.low:{form}}, {of.high:{form}}]"
 
 
 def _mean(of: Interval, digits: int) -> str:
@@ -173,8 +162,8 @@ def line(row: LabelRow) -> tuple[str, ...]:
     """The cells of one method; of most figures the mean alone."""
     return (
         row.method,
-        _cell(row.squared),
-        _cell(row.difference, signed=True),
+        interval_cell(row.squared, 2),
+        interval_cell(row.difference, 2, signed=True),
         "-" if np.isnan(row.p) else f"{row.p:.3f}",
         _mean(row.squared_observed, 2),
         _mean(row.squared_hidden, 2),
@@ -185,37 +174,10 @@ def line(row: LabelRow) -> tuple[str, ...]:
     )
 
 
-def rich_table(found: LabelComparison) -> Any:
-    """The table for a terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"label-space on {found.data}", title_justify="left")
-    for number, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in found.rows:
-        table.add_row(*line(row))
-    return table
-
-
-def plain_table(found: LabelComparison) -> str:
-    """The same as plain text."""
-    from rich.console import Console
-
-    console = Console(width=200, color_system=None)
-    with console.capture() as capture:
-        console.print(rich_table(found))
-    return capture.get().rstrip()
-
-
-def latex_table(found: LabelComparison) -> str:
-    """The same for a paper; needs booktabs."""
-
-    def escape(text: str) -> str:
-        return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
-
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(HEADER) - 1)}}}", r"\toprule", " & ".join(HEADER) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(escape, line(row))) + r" \\" for row in found.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+def grid(found: LabelComparison) -> Grid:
+    """The table to print."""
+    marked = {number: "control" for number, row in enumerate(found.rows) if row.method == found.reference}
+    return Grid(HEADER, [line(row) for row in found.rows], f"label-space on {found.data}", {0: "best"} | marked)
 
 
 def distance_figure(found: LabelComparison) -> "Figure":
@@ -240,25 +202,12 @@ def distance_figure(found: LabelComparison) -> "Figure":
 
 def html_page(found: LabelComparison, picture: bytes, command: str) -> str:
     """One self-contained page."""
-    escape = html.escape
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    lines = []
-    for row in found.rows:
-        kind = "control" if row.method == found.reference else "best" if row is found.rows[0] else ""
-        lines.append(f'<tr class="{kind}">{"".join(f"<td>{escape(cell)}</td>" for cell in line(row))}</tr>')
-    facts = found.facts | {"Versions": ", ".join(f"{k} {v}" for k, v in versions().items())}
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>label-space on {escape(found.data)}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>Predictions in a label space</h1><small>label-space on {escape(found.data)}</small>
-<div class="summary">{"".join(f"<p>{escape(one)}</p>" for one in found.summary)}</div>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
-<p><small>Squared distance of the predicted label to the true one, mean over held-out items; smaller is nearer.
-Difference: to {escape(found.reference)}, paired by seed. Hidden classes had no item in the fit. Accuracy: the label is
-predicted exactly; Hidden found: of items of hidden classes.</small></p>
-<img alt="distances" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
-<h2>How this was found</h2><table>{fact_rows(facts.items())}</table>
-<pre>{escape(command)}</pre>
-<p>Beside this page: <code>results.csv</code>, <code>cells.csv</code>, <code>table.tex</code>.</p>
-</body></html>
-"""
+    text = (
+        "Squared distance of the predicted label to the true one, mean over held-out items; smaller is nearer. "
+        f"Difference: to {found.reference}, paired by seed. Hidden classes had no item in the fit. Accuracy: the "
+        "label is predicted exactly; Hidden found: of items of hidden classes."
+    )
+    section = Section(text=text, grid=grid(found), figures={"distances": picture})
+    beside = ("results.csv", "cells.csv", "table.tex")
+    subtitle = f"label-space on {found.data}"
+    return page("Predictions in a label space", subtitle, found.summary, [section], found.facts, command, beside)

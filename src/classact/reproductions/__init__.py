@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ def reproduce(
         **({k: before[k] for k in ("versions", "hardware")} if recheck and before else _environment()),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\{[^{}\[\]]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text)  # an arm on one line
+    write_atomically(path, (text + "\n").encode())
     return Reproduction(entry, json.loads(path.read_text(encoding="utf-8")), [path, *files])
 
 

@@ -530,7 +530,7 @@ def compare_parts(
     builder = Builder(slot, backbone, original, items.shape, len(items.classes))
     arms = list(dict.fromkeys([original, *(methods or place.default)]))
     x = {arm: builder(arm, base, 0) for arm in arms}  # every name is tried before anything is trained
-    train, validation, test = _split(items)
+    train, validation, test = split_items(items)
     study = PartStudy(builder, train, validation, test, epochs, batch_size, weight_decay, device, staged)
     probe = Items(train.x[:batch_size].to(device), train.y[:batch_size].to(device))
     for arm, network in x.items():
@@ -608,8 +608,11 @@ def _curves(arrays: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     }
 
 
-def _split(items: Labelled) -> tuple[Items, Items, Items]:
-    """Parts to train, to choose the learning rate and to test, standardised by the first."""
+def split_items(items: Labelled, limit: int | None = None) -> tuple[Items, Items, Items]:
+    """Parts to train, to choose the learning rate and to test, standardised by the first.
+
+    With a `limit`, so many items are taken for the first two.
+    """
     from sklearn.model_selection import train_test_split
 
     index = np.arange(len(items.x))
@@ -621,6 +624,8 @@ def _split(items: Labelled) -> tuple[Items, Items, Items]:
         test_x, test_y = items.x[held], items.y[held]
     else:
         test_x, test_y = items.test_x, items.test_y
+    if limit is not None and limit < len(index):
+        index, _ = train_test_split(index, train_size=limit, random_state=0, stratify=labels[index])
     fit, chosen = train_test_split(index, test_size=0.15, random_state=0, stratify=labels[index])
     x = items.x[fit]
     axes = [0, *range(2, x.ndim)]
