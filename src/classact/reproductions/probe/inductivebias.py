@@ -55,6 +55,7 @@ LATER = {"smoke": (0, 1), "cpu": range(110, 120)}
 Arrays = dict[str, np.ndarray]
 RANKS = {"common": 0.2, "percent": 1e-2, "rare": 5e-4, "far": 1e-8}
 SIZES = (100, 400, 1000, 4000)
+DIMENSIONS = (2, 3, 4, 6)
 GARMENTS_ERROR, TEMPLATES_ERROR = 0.05, 0.12
 
 
@@ -79,10 +80,10 @@ def quantile(spectrum: ErrorSpectrum, rank: float) -> float:
 
 def run_calibration(seed: int, scale: str) -> tuple[Values, Arrays]:
     """Fitted tails beside exact ones."""
-    dimensions, most = ((3,), 400) if scale == "smoke" else ((2, 3, 4, 6), SIZES[-1])
+    most = 200 if scale == "smoke" else SIZES[-1]
     values: Values = {}
     arrays: Arrays = {}
-    for m in dimensions:
+    for m in DIMENSIONS:
         space = rbf_task(seed, m)
         spectrum = space.spectrum()
         errors = space.sample(most, torch.Generator().manual_seed(seed)).numpy()
@@ -97,8 +98,9 @@ def run_calibration(seed: int, scale: str) -> tuple[Values, Arrays]:
             row[f"counted_{name}"] = abs(-log(((errors <= eps).sum() + 0.5) / (most + 1)) / exact - 1)
         low, high = tails["ncx2"].ci(targets["common"], seed=seed)
         row["covered"] = float(low <= -log(RANKS["common"]) <= high)
-        for size in (s for s in SIZES if s <= most):
-            parts = errors[: min(most // size, 5) * size].reshape(-1, size)
+        for size in SIZES:
+            n = min(size, most)
+            parts = errors[: min(most // n, 5) * n].reshape(-1, n)
             fits = [ErrorTail().fit(part).neg_log_cdf(targets["rare"]) for part in parts]
             exact = -log(RANKS["rare"])
             row[f"fitted_{size}"] = float(np.mean(np.abs(np.array(fits) / exact - 1)))
@@ -133,9 +135,8 @@ def draw_calibration(cells: Cells) -> "Figure":
     panels[0].legend(frameon=False, fontsize=8)
     last = panels[-1]
     for number, arm in enumerate(cells.arms):
-        sizes = [s for s in SIZES if f"fitted_{s}" in next(iter(cells.values.values()))[arm]]
-        means = [cells.metric(arm, f"fitted_{s}").mean() for s in sizes]
-        last.plot(sizes, means, "o-", color=f"C{number}", markersize=4, label=f"{arm[1:]} dimensions")
+        means = [cells.metric(arm, f"fitted_{s}").mean() for s in SIZES]
+        last.plot(SIZES, means, "o-", color=f"C{number}", markersize=4, label=f"{arm[1:]} dimensions")
     last.set(xscale="log", xlabel="sampled hypotheses", ylabel="relative error at rank 0.0005", ylim=0)
     last.set_ylim(0, 1.3 * last.get_ylim()[1])
     last.legend(frameon=False, fontsize=7, ncols=2, loc="upper center")
@@ -147,7 +148,7 @@ def draw_calibration(cells: Cells) -> "Figure":
 def run_dimension(seed: int, scale: str) -> Values:
     """The inductive bias that is required to reach an error of 0.02."""
     values: Values = {}
-    for m in (2, 4) if scale == "smoke" else (2, 3, 4, 6):
+    for m in DIMENSIONS:
         row: dict[str, float] = {}
         for target in ("mean", "first"):
             space = rbf_task(seed, m, target)

@@ -172,8 +172,8 @@ def run_learning(seed: int, scale: str) -> Values:
         f"threshold{label}": learning_threshold(K, D, QUALITY, theta)
         for label, theta in (("", 1 / math.sqrt(2)), ("_strict", 1.0))
     }
-    for size in SIZES[:1] if scale == "smoke" else SIZES:
-        larger = diluted_patterns(K, size, D, 10_000 + seed)
+    for size in SIZES:
+        larger = diluted_patterns(K, size // 32 if scale == "smoke" else size, D, 10_000 + seed)
         for protocol in PROTOCOLS:
             values[f"{protocol}_n{size}"] = _learned(larger, SIZE_EXAMPLES, seed, protocol)
     return values
