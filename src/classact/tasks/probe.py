@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LAYERS = 4  # compared where the user names none
 UNKNOWN = -1  # class of an item
+NOTHING = 0.005  # nats
 FTWT_GRID = (1.0, 0.97, 0.95, 0.9, 0.85, 0.8)
 
 
@@ -450,6 +451,12 @@ def probe_inductivebias(
     for one in report.biases:
         exact = "" if one.exact is None else f"; by the exact distribution {one.exact:.3g}"
         left_out = f"; {one.n_left_out} hypotheses did not fit and are left out" if one.n_left_out else ""
+        if one.value < NOTHING:
+            summary.append(
+                f"Relative to {one.name} the task needs none: nearly every hypothesis that fits has a test error below "
+                f"{one.target_error:.3g}{left_out}."
+            )
+            continue
         summary.append(
             f"Relative to {one.name} the task needs {one.value:.3g} nats [{one.low:.3g}, {one.high:.3g}] "
             f"({one.bits:.3g} bits) for a test error of {one.target_error:.3g}{exact}{left_out}."
@@ -571,6 +578,18 @@ COLUMNS = {
     "nap": "fixed, active: share of the neurons that a pattern fixes, and fixes on; agreement: share of those that are "
     "as it wants, for items of its class; recall: items of the class that follow it; precision: followers that are "
     "of the class; others: items of other classes that follow it.",
+    "lazyneuron": "nonzero: share of the hidden activations above 0; nonzero alive: among units not dead; token "
+    "median, token max: share of the units that fires for the median token, and for the busiest; rate: share of tokens "
+    "for which a unit fires; dead: units that fire for none; large: for activations other than ReLU, share above a "
+    "hundredth of the largest of the token.",
+    "ftwt": "r: share of the response that is kept; reduction: share of the convolutions' multiplications saved, mean; "
+    "low, high: nine inputs of ten lie between; reduction all: linear layers and mask heads counted too; reduction "
+    "official: as the authors count; kept: share of filters; agreement, accuracy: of the network as it is, without any "
+    "training, with the masks it would be taught.",
+    "inductivebias": "nats, bits: minus the logarithm of the share of fitting hypotheses that reach the target; low, "
+    "high: by the bootstrap; dkw: limits without assumptions; exact nats: where the distribution is known; "
+    "extrapolation: nats over ln of the number of hypotheses, above 1 beyond what was seen; left out: networks that "
+    "did not fit; df, nc, scale: of the fitted non-central chi-square.",
 }
 
 

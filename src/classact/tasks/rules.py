@@ -26,6 +26,10 @@ CONTROL, REFERENCE = "readout", "backprop"
 EXTENSIONS = 2  # of the grid of learning rates, where the best lies at the edge
 WIDTHS, CHANNELS = (256, 256, 256), (32, 64, 128)
 BLOCK = 128  # units of a block of NoProp
+SIZES = {
+    "mlp": f"mlp: hidden layers of {', '.join(map(str, WIDTHS))} units; NoProp: ten blocks of {BLOCK} units",
+    "cnn": f"cnn: convolutions of {', '.join(map(str, CHANNELS))} channels; NoProp: ten blocks of as many",
+}
 DEFAULT = ("fa", "dfa", "dtp", "ccl", "noprop-dt")
 
 Network = Literal["mlp", "cnn"]
@@ -158,7 +162,7 @@ class Arms:
             return find_rule(arm).build(self.shape, self.classes, seed, self.network)
 
     def fit(self, arm: str, model: Any, x: Tensor, y: Tensor, **options: Any) -> Any:
-        """Train; a ValueError on values that are not finite is a training that diverged."""
+        """Train, and return the network."""
         return find_rule(arm).fit(model, x, y, **options)
 
     def predict(self, arm: str, model: Any, x: Tensor) -> Tensor:
@@ -270,7 +274,7 @@ def compare_rules(
         "Data": f"{items.name}: {len(train.x):,} items to train, {len(validation.x):,} to choose the learning rate, "
         f"{len(test.x):,} to test; {len(items.classes)} classes"
         + ("" if items.test_x is not None else "; the test part is a fifth, drawn once"),
-        "Network": f"{network}; difference: to back-propagation through the same network, paired by seed",
+        "Network": f"{SIZES[network]}; difference: to back-propagation through the same network, paired by seed",
         "Training": f"{epochs} epochs, batches of {batch_size}; scored once, after the last epoch",
         "Learning rates": f"{tune} for every rule over two decades around its usual one, chosen on the validation part",
         "Intervals": f"95 %, over {seeds} trainings; the test part is one and the same",
